@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a machine that has only Python 3.11 and make:
+# both make .venv first, where it is missing or out of date.
+# Options go through ARGS: make demo ARGS="..."; make test ARGS="tests/ops -k sigmoid".
+
+ARGS ?=
+SEEDS ?= 3
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo demo-seeds test slow lint check clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+environment: ## make or update .venv (PYTHON=python3.12 chooses the interpreter)
+	@bash scripts/environment
+
+demo: environment ## run the offline demonstration
+	.venv/bin/fairlead demo $(ARGS)
+
+demo-seeds: environment ## run the demonstration with several seeds (SEEDS=3)
+	.venv/bin/fairlead demo --seeds $(SEEDS) $(ARGS)
+
+test: environment ## run the tests
+	.venv/bin/python -m pytest -n 2 $(ARGS)
+
+slow: environment ## run the slow tests only
+	.venv/bin/python -m pytest -n 2 -m slow $(ARGS)
+
+lint: environment ## check style, format and types
+	@bash scripts/check ruff format types
+
+check: environment ## lint and test, as before every push
+	@bash scripts/check
+
+clean: ## remove .venv, caches and build results; runs/ stays
+	rm -rf .venv .venv.lock build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""One file an algorithm. This table is the only place that lists them; an algorithm of a user's own is
+``module:ATTRIBUTE`` and needs no entry."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fairlead.config import suggest
+from fairlead.errors import ConfigError
+from fairlead.types import Algorithm
+
+REGISTRY = {
+    "dpo": "fairlead.algorithms.dpo:ALGORITHM",
+    "ppo": "fairlead.algorithms.ppo:ALGORITHM",
+    "pretrain": "fairlead.algorithms.pretrain:ALGORITHM",
+    "reward": "fairlead.algorithms.reward:ALGORITHM",
+    "sft": "fairlead.algorithms.sft:ALGORITHM",
+}
+
+
+def find(name: str) -> Algorithm[Any]:
+    """The algorithm of a registry name or of ``module:ATTRIBUTE``. Raises ConfigError with the nearest name."""
+    target = REGISTRY.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"no algorithm {name!r}; {suggest(name, REGISTRY)}", hint="or give module:ATTRIBUTE of your own"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"algorithm={name!r} cannot be imported: {error}") from error
+    if not isinstance(found, Algorithm):
+        raise ConfigError(f"{target} is a {type(found).__name__}, not a fairlead.types.Algorithm")
+    return found  # pyright: ignore[reportUnknownVariableType]

@@ -1,0 +1,73 @@
+"""Language modelling on plain text: every token counts, texts are joined by end-of-sequence and cut into full rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from fairlead.algorithms.stage import Stage
+from fairlead.algorithms.terms import nll
+from fairlead.config import Section
+from fairlead.data.loader import DatasetSource
+from fairlead.data.pack import pack_text, token_batch
+from fairlead.data.render import Tree
+from fairlead.errors import DataError
+from fairlead.types import Algorithm, Pass, Term, Text, TokenBatch
+
+
+class Settings(Section):
+    """Pretraining has no settings of its own."""
+
+
+def passes(_: Settings) -> tuple[Pass, ...]:
+    return (Pass("policy", (Term("nll", "token", nll),), frozenset({"logprobs"})),)
+
+
+def source(stage: Stage) -> DatasetSource:
+    return _source(stage, stage.records, "train")
+
+
+def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
+    held_out = _source(stage, stage.eval_records, "eval")
+    measure = stage.loss_evaluation(passes(stage.settings), held_out.in_order)
+    return lambda: with_perplexity(measure())
+
+
+def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+    return {**metrics, "eval/perplexity": math.exp(min(metrics["eval/loss"], 700.0))}
+
+
+def _source(stage: Stage, records: Sequence[Text], split: str) -> DatasetSource:
+    trees, _ = stage.trees(records, split)
+    length = stage.recipe.data.max_length
+    if stage.packed:
+        total = sum(tree.num_tokens for tree in trees)
+        rows = pack_text(trees, min(length, total))
+    else:
+        rows = [
+            [Tree((), (ids[at : at + length],))]
+            for tree in trees
+            for ids in tree.responses
+            for at in range(0, len(ids), length)
+        ]
+        rows = [row for row in rows if row[0].num_tokens > 1]
+    if not rows:
+        raise DataError(f"the {split} texts hold no row of two tokens")
+
+    def collate(indices: Sequence[int]) -> TokenBatch:
+        return token_batch([tree for i in indices for tree in rows[i]], packed=stage.packed, pad_id=stage.pad_id)
+
+    return stage.dataset_source([sum(tree.num_tokens for tree in row) for row in rows], collate)
+
+
+ALGORITHM = Algorithm(
+    name="pretrain",
+    settings=Settings,
+    record=Text,
+    roles=lambda _: ("policy",),
+    passes=passes,
+    source=source,
+    evaluation=evaluation,
+    headline=("loss", "eval/perplexity", "learning_rate"),
+    compares=False,
+)

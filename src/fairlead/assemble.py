@@ -1,0 +1,163 @@
+"""Puts one stage together from its recipe: records, base, roles, renderer. Knows no algorithm by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairlead.algorithms.stage import Stage
+from fairlead.config import Recipe
+from fairlead.data.records import load_records, prompt_key, split_records
+from fairlead.data.render import Renderer
+from fairlead.data.sources import Counts
+from fairlead.errors import ConfigError
+from fairlead.models.load import Base, load_base, load_tokenizer, pick_device, prepare
+from fairlead.models.roles import Models
+from fairlead.types import Algorithm, Demonstration, Preference, Prompt, Record, Text
+
+TOKENIZER_TEXTS = 200_000
+"""Texts a tokenizer from scratch is trained on, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Objects handed in through Python instead of paths; none where the recipe says where to look."""
+
+    model: Any = None
+    tokenizer: Any = None
+    data: Iterable[Mapping[str, Any]] | None = None
+    eval_data: Iterable[Mapping[str, Any]] | None = None
+    objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """By the name of the algorithm's setting: a reward function, say."""
+
+
+def assemble(
+    recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path
+) -> tuple[Stage, tuple[str, ...]]:
+    """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait."""
+    records, held_out, counts = load_data(recipe, algorithm, given)
+    device = pick_device(recipe.model.device)
+    base = _base(recipe, given, device, _texts(records))
+    settings = recipe.settings
+    value = getattr(settings, "value", None)
+    trunk = "shared"
+    if value is not None:
+        trunk = "adapter" if value.adapter else "shared" if value.trunk_gradient else "detached"
+    models = Models(
+        base,
+        algorithm.roles(settings),
+        adapter=recipe.model.adapter,
+        value_trunk=trunk,
+        compared=algorithm.compares,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        seed=recipe.seed,
+        autocast=torch.bfloat16 if device.type == "cuda" and recipe.model.dtype == "auto" else None,
+    )
+    new_tokens = getattr(settings, "max_new_tokens", None)
+    max_prompt = recipe.data.max_prompt_length
+    if max_prompt is None and new_tokens is not None:
+        max_prompt = recipe.data.max_length - new_tokens
+        if max_prompt < 1:
+            raise ConfigError(
+                f"data.max_length={recipe.data.max_length} leaves no room for a prompt and {new_tokens} new tokens",
+                hint="raise data.max_length or lower max_new_tokens",
+            )
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length={recipe.data.max_length}, but the model's positions end at {limit}",
+            hint=f"set data.max_length={limit} or less",
+        )
+    renderer = Renderer(
+        base.tokenizer,
+        template=(base.template or "auto") if recipe.data.template == "auto" else recipe.data.template,
+        max_length=recipe.data.max_length,
+        max_prompt_length=max_prompt,
+    )
+    stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, counts)
+    return stage, base.notes
+
+
+def load_data(
+    recipe: Recipe, algorithm: Algorithm[Any], given: Given
+) -> tuple[list[Any], list[Any], dict[str, dict[str, Any]]]:
+    """Training and held-out records, and what became of the rows."""
+    data = recipe.data
+    source = data.path if given.data is None else given.data
+    if source is None:
+        raise ConfigError("no data: data.path is not given", hint="for example data.path=pairs.jsonl")
+    records, counts = load_records(source, algorithm.record, limit=data.limit)
+    held_out: list[Any] = []
+    eval_counts: Counts | None = None
+    eval_source = data.eval_path if given.eval_data is None else given.eval_data
+    if eval_source is not None:
+        held_out, eval_counts = load_records(eval_source, algorithm.record, heldout=True)
+    elif data.eval_fraction:
+        records, held_out = split_records(records, data.eval_fraction, recipe.seed)
+    elif isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text:
+        held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
+    elif isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file():
+        held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
+    _refuse_leakage(records, held_out)
+    return records, held_out, {"train": _rows(counts)} | ({"eval": _rows(eval_counts)} if eval_counts else {})
+
+
+def _refuse_leakage(records: Sequence[Record], held_out: Sequence[Record]) -> None:
+    trained = {prompt_key(record) for record in records}
+    both = [record for record in held_out if prompt_key(record) in trained]
+    if both:
+        raise ConfigError(
+            f"{len(both)} of {len(held_out)} held-out prompts are also in the training data, the first is "
+            f"{prompt_key(both[0])[:80]!r}",
+            hint="use data.eval_fraction, which splits by prompt, or remove them from data.eval_path",
+        )
+
+
+def _rows(counts: Counts) -> dict[str, Any]:
+    return {"read": counts.read, "kept": counts.kept, "cut": 0, "dropped": dict(counts.dropped)}
+
+
+def _base(recipe: Recipe, given: Given, device: torch.device, texts: Iterator[str]) -> Base:
+    if given.model is None:
+        return load_base(recipe.model, seed=recipe.seed, device=device, texts=texts)
+    tokenizer = given.tokenizer or (load_tokenizer(recipe.model.tokenizer) if recipe.model.tokenizer else None)
+    if tokenizer is None:
+        raise ConfigError("a loaded model was given without its tokenizer", hint="pass tokenizer=...")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return prepare(given.model, tokenizer, None, device)
+
+
+def _texts(records: Sequence[Record]) -> Iterator[str]:
+    """What a tokenizer from scratch is trained on."""
+    for record in islice(records, TOKENIZER_TEXTS):
+        if isinstance(record, Text):
+            yield record.text
+            continue
+        yield (
+            record.prompt
+            if isinstance(record.prompt, str)
+            else "\n\n".join(turn["content"] for turn in record.prompt)
+        )
+        if isinstance(record, Demonstration):
+            yield record.response
+        elif isinstance(record, Preference):
+            yield from (record.chosen, record.rejected)
+
+
+def sample_prompts(stage: Stage, number: int) -> list[Prompt]:
+    """The prompts of the sample generations: the first held-out ones that fit, else the first of the training data."""
+    records = list(stage.eval_records) or list(stage.records)
+    prompts = [
+        Prompt(record.text[:60]) if isinstance(record, Text) else Prompt(record.prompt)
+        for record in islice(records, 16 * number)
+    ]
+    if not prompts:
+        return []
+    fitting, _ = stage.renderer.prompts(prompts)
+    return [prompt for prompt, _ in fitting[:number]]

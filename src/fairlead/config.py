@@ -1,0 +1,490 @@
+"""The recipe: one schema, its YAML file, `key=value` overrides, and where each value came from. Imports no torch.
+
+Precedence: defaults < recipe file < overrides. The section that bears the algorithm's name is validated by that
+algorithm's own settings class, which the caller hands in: this room knows no algorithm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fairlead.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, no unknown keys, help text in the docstring under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def parse_interval(value: str | int) -> tuple[Literal["steps", "seconds", "never"], float]:
+    """`500` -> steps, `10min` -> seconds, `never`."""
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError(f"an interval in steps must be at least 1, not {value}")
+        return "steps", value
+    if value == "never":
+        return "never", 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", value)
+    if match is None:
+        raise ValueError(f"{value!r} is no interval; write 500 (steps), 30s, 10min, 2h or never")
+    return "seconds", float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
+class RunSection(Section):
+    name: str | None = None
+    """Name of the run; the algorithm's name when not given."""
+    directory: str = "runs"
+    """Folder that holds the runs."""
+
+
+class ScratchSection(Section):
+    """A model from scratch, and a byte-level BPE tokenizer trained on the data where none is given."""
+
+    architecture: str = "llama"
+    """A `model_type` of transformers."""
+    hidden_size: int = Field(256, ge=1)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of the MLP; 8/3 of hidden_size, rounded up to a multiple of 8, when not given."""
+    vocab_size: int = Field(4096, ge=260)
+    """Size of the tokenizer trained on the data, special tokens included."""
+    context_length: int = Field(1024, ge=8)
+    """Longest row in tokens the model can take."""
+    tie_embeddings: bool = True
+
+
+class AdapterSection(Section):
+    """LoRA. The base stays frozen and serves as the reference."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Module names (their last part), or `all-linear`: every linear layer but the head."""
+
+
+class ModelSection(Section):
+    path: str | None = None
+    """A local folder, the run directory of an earlier stage, or a hub id."""
+    scratch: ScratchSection | None = None
+    """Start from random weights instead of `path`."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own when not given."""
+    adapter: AdapterSection | None = None
+    """Train LoRA adapters instead of all weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of the weights; auto: bfloat16 for frozen weights on GPUs that are fast at it, else float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if self.path is not None and self.scratch is not None:
+            raise ValueError("model.path and model.scratch are both given; a model has one origin")
+        return self
+
+
+class DataSection(Section):
+    path: str | tuple[str, ...] | None = None
+    """File of records (.jsonl, .json, .jsonl.gz), a folder written by `fairlead prepare`, or a hub id of `datasets`."""
+    eval_path: str | None = None
+    """Held-out records; `eval_fraction` of `path` when not given."""
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the prompts kept for evaluation, chosen by a hash of the prompt."""
+    template: str = "auto"
+    """How turns become text: auto (the model's, else plain), plain, question-answer, hh, chat (the tokenizer's own)."""
+    max_length: int = Field(512, ge=2)
+    """Longest row in tokens; what is longer is cut at the end, and counted."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Records with a longer prompt are dropped, and counted; max_length - 1 when not given."""
+    packing: bool = True
+    """Runs side by side without padding; false: one record a row, padded to the longest."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first records only."""
+
+
+class OptimSection(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """Applied to matrices only, never to norms and biases."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up: constant, or down to `min_learning_rate_ratio` at the last step."""
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps spent rising linearly from zero."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same in steps; wins over `warmup_ratio`."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm; null: measured, not clipped."""
+
+
+class TrainSection(Section):
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the records (on-policy: over the prompts); `steps` wins."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Records of one optimizer step (packed text: rows of max_length)."""
+    micro_batch_tokens: int = Field(8192, ge=16)
+    """Tokens of one forward pass; a batch is cut into as many micro-batches as it needs."""
+    log_every: int = Field(1, ge=1)
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations on the held-out records; null: before the first step and after the last."""
+    sample_every: int | None = Field(None, ge=1)
+    """Steps between sample generations; null: at the end."""
+    num_samples: int = Field(4, ge=0)
+    """Prompts of the sample generations."""
+    save_every: str | int = "10min"
+    """A time (30s, 10min, 2h) or a number of steps between checkpoints; never: none but the last."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay; the best one stays besides."""
+    best_metric: str | None = None
+    """Metric that picks the best checkpoint, `-name` where larger is worse is `name`; null: the algorithm's own."""
+    save_best: bool = False
+    """The final model is the best checkpoint's and not the last one's."""
+
+    @model_validator(mode="after")
+    def _parsable(self) -> TrainSection:
+        parse_interval(self.save_every)
+        return self
+
+
+class TrackingSection(Section):
+    sinks: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl: tensorboard, wandb, trackio."""
+    project: str = "fairlead"
+    console: bool = True
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    algorithm: str
+    """A name of the registry, or `module:ATTRIBUTE` of your own."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; resume is bit-exact at the same number only. null: torch's own choice."""
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    tracking: TrackingSection = TrackingSection()
+    settings: Any = Field(default=None, exclude=True)
+    """The algorithm's own section; stands in the file under the algorithm's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecipe:
+    recipe: Recipe
+    section: str
+    """Name of the algorithm's own section."""
+    origins: Mapping[str, str]
+    """Dotted key -> default, FILE:LINE or the command line."""
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.recipe.model_dump(mode="json"), self.section: self.recipe.settings.model_dump(mode="json")}
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the numbers people write: 1e-5 is a number; on and off stay words; a key stands once."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """One YAML document as plain Python values. Raises ConfigError with file and line."""
+    try:
+        return _construct(text)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{place}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{place}: not valid YAML: {error}") from error
+
+
+def _construct(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = cast(Any, loader).get_single_node()
+        if node is None:
+            return None
+        _refuse_repeated_keys(node)
+        return cast(Any, loader).construct_document(node)
+    finally:
+        cast(Any, loader).dispose()
+
+
+def _refuse_repeated_keys(node: yaml.Node) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _refuse_repeated_keys(child)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+            _refuse_repeated_keys(child)
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Dotted key -> line number, from 1."""
+    lines: dict[str, int] = {}
+
+    def visit(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, child in node.value:
+                dotted = f"{prefix}{key.value}"
+                lines[dotted] = key.start_mark.line + 1
+                visit(child, f"{dotted}.")
+
+    visit(cast(Any, yaml).compose(text, Loader=_Loader), "")
+    return lines
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` -> (dotted key, value read as YAML)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"{text!r} is no setting", hint="write section.key=value, for example model.path=runs/sft/model"
+        )
+    return key.strip(), parse_yaml(value, text)
+
+
+# --- finding and merging -------------------------------------------------------------------------------------------
+
+
+def shipped(kind: str = "recipe") -> dict[str, Path]:
+    """Shipped files by name: `recipe`s hold an `algorithm`, `pipeline`s hold `stages`."""
+    folder = Path(str(resources.files("fairlead"))) / "recipes"
+    marker = "stages:" if kind == "pipeline" else "algorithm:"
+    return {
+        path.stem: path
+        for path in sorted(folder.glob("*.yaml"))
+        if any(line.startswith(marker) for line in path.read_text("utf-8").splitlines())
+    }
+
+
+def find_file(name: str, kind: str = "recipe") -> Path:
+    """A recipe argument is a file or the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(
+            f"{name} is a directory; a {kind} file was meant", hint=f"give a .yaml file: {name}/recipe.yaml?"
+        )
+    known = shipped(kind)
+    if name in known:
+        return known[name]
+    raise ConfigError(f"no {kind} {name!r}: neither a file nor a shipped {kind}", hint=suggest(name, known))
+
+
+def suggest(got: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """A hint that names the nearest known word, or all of them."""
+    near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+
+
+def read_mapping(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML file as a mapping, and the line of each dotted key."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})", hint="save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of settings was expected, got {type(raw).__name__}")
+    return cast(dict[str, Any], raw), _lines(text)
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    settings_of: Callable[[str], tuple[str, type[BaseModel]]],
+) -> ResolvedRecipe:
+    """Resolve a recipe file (or shipped name, or mapping) and overrides into a validated recipe.
+
+    ``settings_of`` maps the algorithm's name to the name of its section and the class that validates it.
+    Raises ConfigError with file, line, key and the nearest known key.
+    """
+    if isinstance(source, Mapping):
+        raw, lines, place = dict(source), dict[str, int](), "the given settings"
+    else:
+        path = find_file(str(source))
+        raw, lines = read_mapping(path)
+        place = str(path)
+    merged = _copy(raw)
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [parse_override(o) for o in overrides]
+    for key, value in pairs:
+        _set(merged, key, value)
+
+    given = {key for key, _ in _flatten(raw)}
+    overridden = {key for pair_key, value in pairs for key, _ in _flatten_one(pair_key, value)}
+
+    def origin(key: str) -> str:
+        if key in overridden:
+            return "command line"
+        if key in given:
+            parts = key.split(".")
+            line = next((lines[k] for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in lines), None)
+            return place if line is None else f"{place}:{line}"
+        return "default"
+
+    if not isinstance(merged.get("algorithm"), str):
+        raise ConfigError(f"{place}: the recipe names no algorithm", hint="add a line such as `algorithm: sft`")
+    section, settings_class = settings_of(merged["algorithm"])
+    own = merged.pop(section, None)
+    problems: list[str] = []
+    settings = _validate(settings_class, {} if own is None else own, f"{section}.", origin, problems)
+    top_level = [*Recipe.model_fields, section]
+    recipe = _validate(Recipe, merged, "", origin, problems, top_level)
+    if problems or recipe is None or settings is None:
+        raise ConfigError("\n".join(problems))
+    recipe = recipe.model_copy(update={"settings": settings})
+    resolved = ResolvedRecipe(recipe, section, {}, ())
+    origins = {key: origin(key) for key, _ in _flatten(resolved.as_dict())}
+    return ResolvedRecipe(recipe, section, origins, tuple(_without_effect(recipe, origins)))
+
+
+def _validate(
+    model: type[BaseModel],
+    raw: Any,
+    prefix: str,
+    origin: Callable[[str], str],
+    problems: list[str],
+    top_level: Sequence[str] | None = None,
+) -> Any:
+    if top_level is not None and "settings" in raw:
+        problems.append("settings: not a key of the file; write the algorithm's settings under its own name")
+        return None
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            parts = [str(part) for part in item["loc"] if not _is_type_name(str(part))]
+            key = prefix + ".".join(parts)
+            place = origin(key)
+            place = "" if place == "default" else f" ({place})"
+            if item["type"] == "extra_forbidden":
+                known = _keys_at(model, parts[:-1]) if top_level is None or len(parts) > 1 else list(top_level)
+                problems.append(f"unknown key {key!r}{place}; {suggest(parts[-1], known)}")
+            else:
+                got = "" if item["type"] == "missing" else f", got {_short(item['input'])}"
+                message = item["msg"].removeprefix("Value error, ")
+                problems.append(f"{key or 'recipe'}{place}: {message[0].lower()}{message[1:]}{got}")
+        return None
+
+
+def _is_type_name(part: str) -> bool:
+    """Pydantic names the tried member of a union in the location: not a key of the user's."""
+    return bool(re.match(r"^(str|int|float|bool|tuple\[|literal\[|list\[|dict\[|function-)", part))
+
+
+def _keys_at(model: type[BaseModel], parts: Sequence[str]) -> list[str]:
+    for part in parts:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        inner = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _copy(value: Any) -> Any:
+    return {k: _copy(v) for k, v in cast(dict[str, Any], value).items()} if isinstance(value, dict) else value
+
+
+def _set(target: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = target.get(parent)
+        if child is None:
+            child = target[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent!r} is a value ({_short(child)}), not a section")
+        target = cast(dict[str, Any], child)
+    target[last] = value
+
+
+def _flatten_one(key: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        return [(f"{key}.{k}" if k else key, v) for k, v in _flatten(cast(Mapping[str, Any], value))]
+    return [(key, value)]
+
+
+def _flatten(value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [pair for key, child in value.items() for pair in _flatten_one(str(key), child)]
+
+
+def flatten(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as `section.key -> value`."""
+    return dict(_flatten(value))
+
+
+# --- settings that have no effect here -----------------------------------------------------------------------------
+
+
+def _without_effect(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
+    """Settings the user gave that nothing reads in this combination."""
+
+    def given(key: str) -> bool:
+        return any(
+            origin != "default" for name, origin in origins.items() if name == key or name.startswith(f"{key}.")
+        )
+
+    rules = [
+        ("train.epochs", recipe.train.steps is not None, "train.steps wins"),
+        ("optim.warmup_ratio", recipe.optim.warmup_steps is not None, "optim.warmup_steps wins"),
+        ("data.eval_fraction", recipe.data.eval_path is not None, "data.eval_path wins"),
+        ("optim.min_learning_rate_ratio", recipe.optim.schedule == "constant", "the schedule is constant"),
+        ("optim.betas", recipe.optim.name == "sgd", "sgd has none"),
+        ("optim.eps", recipe.optim.name == "sgd", "sgd has none"),
+    ]
+    return [f"{key} has no effect: {why}" for key, holds, why in rules if holds and given(key)]

@@ -1,0 +1,1 @@
+"""Records, templates, token rows and batches. Knows nothing of models."""

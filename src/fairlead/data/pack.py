@@ -1,0 +1,151 @@
+"""Trees to batches: lays runs side by side, packed without padding or one tree a row, and cuts micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairlead.data.render import Tree
+from fairlead.types import PreferenceBatch, RolloutBatch, TokenBatch
+
+
+def pack_text(trees: Sequence[Tree], length: int) -> list[list[Tree]]:
+    """Texts, end to end, cut into rows of exactly ``length`` tokens; each row a list of pieces, none lost but the
+    remainder of the last row. A piece attends to itself alone."""
+    rows: list[list[Tree]] = [[]]
+    room = length
+    for tree in trees:
+        ids = tree.responses[0]
+        while ids:
+            piece, ids = ids[:room], ids[room:]
+            rows[-1].append(Tree((), (piece,)))
+            room -= len(piece)
+            if not room:
+                rows.append([])
+                room = length
+    return rows[:-1]
+
+
+def micro_batches(sizes: Sequence[int], budget: int, *, packed: bool) -> list[list[int]]:
+    """Indices of the items of each micro-batch, in order. Packed: at most ``budget`` tokens together; padded: rows
+    times the longest row. An item larger than the budget stands alone."""
+    groups: list[list[int]] = []
+    used, longest = 0, 0
+    for index, size in enumerate(sizes):
+        longest = max(longest, size)
+        cost = used + size if packed else (len(groups[-1]) + 1 if groups else 1) * longest
+        if not groups or cost > budget:
+            groups.append([])
+            used, longest = 0, size
+        groups[-1].append(index)
+        used += size
+    return groups
+
+
+def token_fields(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> dict[str, Any]:
+    """The fields of a TokenBatch. Packed: all trees in one row; else one tree a row, padded to the longest."""
+    rows = [list(trees)] if packed else [[tree] for tree in trees]
+    width = max(sum(tree.num_tokens for tree in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_id)
+    position_ids, subtree_end = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    previous, sequence_ids = np.full(shape, -1), np.full(shape, -1)
+    loss_mask = np.zeros(shape, bool)
+    ends: list[int] = []
+    for b, row in enumerate(rows):
+        start = 0
+        for tree in row:
+            end, shared = start + tree.num_tokens, len(tree.prompt)
+            root = slice(start, start + shared)
+            input_ids[b, root] = tree.prompt
+            position_ids[b, root] = np.arange(shared)
+            subtree_end[b, root] = end
+            previous[b, root] = np.arange(start - 1, start + shared - 1)
+            if shared:
+                previous[b, start] = -1
+                sequence_ids[b, root] = len(ends) if len(tree.responses) == 1 else -1
+            at = start + shared
+            for response in tree.responses:
+                run = slice(at, at + len(response))
+                input_ids[b, run] = response
+                position_ids[b, run] = np.arange(shared, shared + len(response))
+                subtree_end[b, run] = run.stop
+                previous[b, run] = np.arange(at - 1, run.stop - 1)
+                previous[b, at] = start + shared - 1 if shared else -1
+                loss_mask[b, run] = True
+                loss_mask[b, at] = shared > 0
+                sequence_ids[b, run] = len(ends)
+                ends.append(b * width + run.stop - 1)
+                at = run.stop
+            start = end
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "subtree_end": torch.from_numpy(subtree_end),
+        "previous": torch.from_numpy(previous),
+        "loss_mask": torch.from_numpy(loss_mask),
+        "sequence_ids": torch.from_numpy(sequence_ids),
+        "sequence_ends": torch.tensor(ends),
+        "counts": {"token": float(loss_mask.sum()), "sequence": float(len(ends))},
+    }
+
+
+def token_batch(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> TokenBatch:
+    return TokenBatch(**token_fields(trees, packed=packed, pad_id=pad_id))
+
+
+def preference_batch(
+    trees: Sequence[Tree],
+    *,
+    packed: bool,
+    pad_id: int,
+    margins: Sequence[float | None] | None = None,
+    reference_logprobs: Tensor | None = None,
+) -> PreferenceBatch:
+    """Pairs: each tree's first response is the chosen one. ``reference_logprobs`` [P, 2]."""
+    fields = token_fields(trees, packed=packed, pad_id=pad_id)
+    chosen = torch.arange(0, 2 * len(trees), 2)
+    fields["counts"] |= {
+        "pair": float(len(trees)),
+        "chosen_token": float(sum(len(tree.responses[0]) for tree in trees)),
+    }
+    margin = None
+    if margins is not None and any(m is not None for m in margins):
+        margin = torch.tensor([0.0 if m is None else m for m in margins])
+    return PreferenceBatch(
+        **fields,
+        chosen=chosen,
+        rejected=chosen + 1,
+        margin=margin,
+        reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
+    )
+
+
+def rollout_batch(
+    trees: Sequence[Tree],
+    tokens: dict[str, Sequence[Tensor]],
+    sequences: dict[str, Tensor],
+    *,
+    packed: bool,
+    pad_id: int,
+) -> RolloutBatch:
+    """Responses with their per-token tensors (one [length] tensor a response) and per-sequence tensors [S]."""
+    fields = token_fields(trees, packed=packed, pad_id=pad_id)
+    mask = fields["loss_mask"]
+    spread: dict[str, Tensor] = {}
+    for name, values in tokens.items():
+        flat = torch.cat(list(values))
+        spread[name] = flat.new_zeros(mask.shape)
+        spread[name][mask] = flat
+    return RolloutBatch(**fields, **spread, **sequences)
+
+
+def by_response(values: Tensor, batch: TokenBatch) -> list[Tensor]:
+    """Per-token ``values`` [B, T] as one tensor of the counted tokens for each sequence, in order."""
+    flat, owner = values[batch.loss_mask], batch.sequence_ids[batch.loss_mask]
+    lengths = torch.bincount(owner, minlength=batch.num_sequences)
+    return list(flat.split(lengths.tolist()))

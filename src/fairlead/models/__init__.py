@@ -1,0 +1,1 @@
+"""Weights, roles, adapters, heads and attention. Knows nothing of data sets."""

@@ -1,0 +1,219 @@
+"""Weights and tokenizers: from a local folder, a run, a hub id, or from scratch. Knows nothing of roles or data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fairlead.config import ModelSection, ScratchSection
+from fairlead.errors import ConfigError, ModelError
+from fairlead.models import attention
+from fairlead.ops.sampling import stream_key
+
+META = "fairlead.json"
+"""Beside the weights: what a later stage must know of them (the template, the role)."""
+UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of families whose logits are not hidden @ weight + bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A causal language model ready to take roles."""
+
+    model: Any
+    tokenizer: Any
+    template: str | None
+    """The template its stage was trained with, when known."""
+    forest: bool
+    """Whether its attention takes forests of runs; else rows must be padded."""
+    notes: tuple[str, ...] = ()
+
+
+def resolve_folder(path: str) -> Path | None:
+    """The folder that holds the weights: the path itself, or `model/` of a run; none for a hub id."""
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file() or (folder / "model" / "adapter_config.json").is_file():
+        return folder / "model"
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} holds no model: neither config.json nor adapter_config.json, nor model/",
+                hint="give a folder saved by transformers or peft, or a finished run",
+            )
+        return folder
+    if folder.exists():
+        raise ModelError(f"{path} is a file; a folder saved by transformers, a run, or a hub id was meant")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ModelError(f"{path} does not exist", hint="check model.path; a hub id has the form owner/name")
+    return None
+
+
+def load_base(section: ModelSection, *, seed: int, device: torch.device, texts: Iterable[str]) -> Base:
+    """The model and tokenizer a recipe names. ``texts`` train the tokenizer of a model from scratch."""
+    if section.scratch is not None:
+        tokenizer = load_tokenizer(section.tokenizer) if section.tokenizer else None
+        tokenizer = tokenizer or train_tokenizer(texts, section.scratch.vocab_size, section.scratch.context_length)
+        return prepare(build(section.scratch, tokenizer, seed, dtype_of(section, device)), tokenizer, None, device)
+    if section.path is None:
+        raise ConfigError(
+            "no model: neither model.path nor model.scratch is given", hint="for example model.path=runs/sft"
+        )
+    folder = resolve_folder(section.path)
+    origin = section.path if folder is None else str(folder)
+    meta = read_meta(folder)
+    model = load_causal(origin, dtype_of(section, device))
+    tokenizer = load_tokenizer(section.tokenizer or origin)
+    return prepare(model, tokenizer, meta.get("template"), device)
+
+
+def prepare(model: Any, tokenizer: Any, template: str | None, device: torch.device) -> Base:
+    """Set a model's attention, or say why rows must be padded; refuse what would be computed wrongly."""
+    config = model.config
+    for name in UNSUPPORTED_LOGITS:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ModelError(f"{config.model_type} scales or caps its logits ({name}), which is not supported")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}",
+            hint="give the tokenizer that belongs to the model",
+        )
+    forest = config.model_type in attention.FAMILIES
+    notes: tuple[str, ...] = ()
+    if forest:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+    else:
+        notes = (f"{config.model_type}: attention over packed rows is not known to be right; rows are padded",)
+    model.config.use_cache = False
+    return Base(model.to(device), tokenizer, template, forest, notes)
+
+
+def dtype_of(section: ModelSection, device: torch.device) -> torch.dtype:
+    """`auto` keeps trained weights in fp32; a frozen base under an adapter is bf16 where the device is fast at it."""
+    if section.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, section.dtype))
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast and section.adapter is not None else torch.float32
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device={name!r} is no device", hint="auto, cpu, cuda, cuda:1 ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={name}, but torch sees no CUDA device", hint="model.device=cpu")
+    return device
+
+
+def load_causal(origin: str, dtype: torch.dtype) -> Any:
+    """A causal language model; an adapter folder is loaded with its base and merged into it."""
+    from transformers import AutoModelForCausalLM
+
+    adapter = Path(origin) / "adapter_config.json"
+    try:
+        if not adapter.is_file():
+            return AutoModelForCausalLM.from_pretrained(origin, dtype=dtype)
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
+        inner = resolve_folder(base)
+        model = load_causal(base if inner is None else str(inner), dtype)
+        return PeftModel.from_pretrained(model, origin).merge_and_unload()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{origin} cannot be loaded as a causal language model: {error}") from error
+
+
+def load_tokenizer(origin: str) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = resolve_folder(origin) if Path(origin).exists() else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(origin if folder is None else str(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{origin}: no tokenizer can be loaded: {error}", hint="give model.tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_meta(folder: Path | None) -> dict[str, Any]:
+    path = None if folder is None else folder / META
+    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> Any:
+    """A byte-level BPE tokenizer with <pad> and <eos>: no text is outside its vocabulary, decoding loses nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(scratch: ScratchSection, tokenizer: Any, seed: int, dtype: torch.dtype) -> Any:
+    """A model of random weights. Raises ModelError for an architecture transformers does not know."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width = scratch.intermediate_size or -(-scratch.hidden_size * 8 // 3 // 8) * 8
+    if scratch.hidden_size % scratch.num_heads:
+        raise ConfigError(
+            f"model.scratch.hidden_size={scratch.hidden_size} is no multiple of num_heads={scratch.num_heads}"
+        )
+    wanted: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": scratch.hidden_size,
+        "num_hidden_layers": scratch.num_layers,
+        "num_attention_heads": scratch.num_heads,
+        "intermediate_size": width,
+        "ffn_dim": width,
+        "n_inner": width,
+        "word_embed_proj_dim": scratch.hidden_size,
+        "max_position_embeddings": scratch.context_length,
+        "tie_word_embeddings": scratch.tie_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    try:
+        known = AutoConfig.for_model(scratch.architecture)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers knows no architecture {scratch.architecture!r}", hint="for example llama"
+        ) from error
+    names = {*known.to_dict(), *getattr(known, "attribute_map", {})}
+    optional = {"ffn_dim", "n_inner", "word_embed_proj_dim", "intermediate_size"}
+    fields = {name: value for name, value in wanted.items() if name not in optional or name in names}
+    if "num_key_value_heads" in names:
+        fields["num_key_value_heads"] = scratch.num_heads
+    if "head_dim" in names:
+        fields["head_dim"] = scratch.hidden_size // scratch.num_heads
+    state = torch.random.get_rng_state()
+    torch.manual_seed(stream_key(seed, "weights"))
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(scratch.architecture, **fields))
+    finally:
+        torch.random.set_rng_state(state)
+    return model.to(dtype)

@@ -1,0 +1,92 @@
+"""Keyed random numbers and token draws.
+
+Every uniform is a hash of (seed, purpose, step, item, token), never a draw from a shared stream, so a text does not
+depend on which rows were sampled beside it. A token is drawn with two independent uniforms: a block of the vocabulary
+by inverse CDF over the blocks' sums, then a token inside the block. Rounding that differs with the batch moves a
+boundary of a flat CDF of V tokens far more often than one of these two short ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Tokens of a block of the vocabulary."""
+
+
+def stream_key(*parts: int | str) -> int:
+    """A 63-bit key from numbers and words, equal in every process and version of Python."""
+    digest = hashlib.sha256("\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def keyed_uniform(key: int, items: Tensor, tokens: Tensor, draw: int) -> Tensor:
+    """Uniforms in [0, 1) as float64, one for each (item, token). int64 tensors of one shape -> the same shape."""
+    state = _mix(_mix(_mix(items + _signed(key)) + tokens) + draw)
+    return ((state >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def permutation(key: int, length: int) -> list[int]:
+    """A keyed shuffle of range(length)."""
+    index = torch.arange(length)
+    return torch.argsort(keyed_uniform(key, index, torch.zeros_like(index), 0), stable=True).tolist()
+
+
+def sample_tokens(logits: Tensor, key: int, items: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from softmax(logits). ``logits`` [R, V] (already divided by the temperature; -inf: never),
+    ``items``, ``tokens`` [R] -> (token ids [R], their log-probabilities [R] in max(fp32, input dtype))."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows, vocabulary = logits.shape
+    log_total = logits.logsumexp(1)
+    weights = torch.exp(logits - log_total[:, None])
+    blocks = -(-vocabulary // BLOCK)
+    if blocks * BLOCK != vocabulary:
+        weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary))
+    weights = weights.view(rows, blocks, BLOCK)
+    block = _inverse_cdf(weights.sum(2), keyed_uniform(key, items, tokens, 0))
+    inside = weights[torch.arange(rows, device=logits.device), block]
+    token = block * BLOCK + _inverse_cdf(inside, keyed_uniform(key, items, tokens, 1))
+    return token, logits.gather(1, token[:, None])[:, 0] - log_total
+
+
+def keep_top(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Logits with all but the kept tokens at -inf: the ``top_k`` largest (0: all), and of those the fewest that hold
+    ``top_p`` of the probability. [R, V] -> [R, V]"""
+    if top_k and top_k < logits.shape[1]:
+        floor = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        probs = ordered.softmax(1)
+        dropped = probs.cumsum(1) - probs >= top_p
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+    return logits
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Index of the interval of the cumulated ``weights`` [R, N] that ``uniforms`` [R] fall into -> [R]."""
+    cumulated = weights.double().cumsum(1)
+    total = cumulated[:, -1:]
+    index = torch.searchsorted(cumulated, uniforms[:, None] * total, right=True)[:, 0]
+    last = weights.shape[1] - 1 - (weights > 0).flip(1).to(torch.int8).argmax(1)
+    return torch.minimum(index, last)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap. Steele, Lea, Flood (2014)."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

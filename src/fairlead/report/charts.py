@@ -1,0 +1,359 @@
+"""Numbers as a person reads them: as text, and as inline SVG by matplotlib, the same bytes for the same numbers and coloured
+by CSS variables so that one drawing serves light, dark and paper. Knows no run directory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+from numpy.typing import NDArray
+
+from fairlead.report.read import Estimate, finite
+
+Floats = NDArray[np.float64]
+
+# Colours nobody would choose stand for CSS variables in the drawing.
+_INK, _MUTED, _RULE, _GOOD, _BAD = "#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005"
+_SERIES = ("#0b0001", "#0b0002", "#0b0003", "#0b0004")
+_VARIABLES = {
+    _INK: "--ink",
+    _MUTED: "--muted",
+    _RULE: "--rule",
+    _GOOD: "--good",
+    _BAD: "--bad",
+    **{colour: f"--series-{i}" for i, colour in enumerate(_SERIES, start=1)},
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 7.5,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.5,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.3,
+    "lines.markeredgewidth": 0,
+    "lines.markersize": 4,
+    "lines.solid_joinstyle": "round",
+}
+_LARGEST = 1e30  # larger values are drawn as this one
+_MINUS, _DASH = "\u2212", "\u2013"
+_MANY = 60  # points from which a curve has a running mean and no dots
+
+_ROOT = re.compile(r'^.*?<svg[^>]*?(viewBox="[^"]*")[^>]*>\s*<defs>\s*<style.*?</defs>', re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+_TRIM = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r' id="[A-Za-z0-9.]*_\d+"', ""),  # line2d_7: in every drawing, and never referred to
+        (r"xlink:href", "href"),
+        (r"font-family: [^;\"]*;? ?", ""),
+        (r"(\d\.\d\d)\d+", r"\1"),
+        (r"\s+", " "),
+    )
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve; a value that was not finite is None and leaves a gap."""
+
+    name: str
+    held_out: bool
+    steps: list[float]
+    values: list[float | None]
+
+    @property
+    def finite(self) -> list[float]:
+        return [v for v in self.values if v is not None]
+
+
+def number(value: object, places: int | None = None) -> str:
+    """At most four significant digits (whole numbers: all), thousands separated; a dash where there is no value."""
+    x = finite(value)
+    if x is None:
+        return _DASH
+    if isinstance(value, int) and abs(x) < 1e15:
+        text = f"{value:,}"
+    elif abs(x) >= 1e9 or (places is None and 0 < abs(x) < 1e-4):
+        text = _scientific(x)
+    else:
+        digits = places_for([x]) if places is None else places
+        text = f"{round(x, digits):,.{max(digits, 0)}f}"
+        text = text.rstrip("0").rstrip(".") if places is None and digits > 0 else text
+    return text.replace("-", _MINUS)
+
+
+def places_for(values: Iterable[float]) -> int:
+    """Decimals that show three significant digits of the largest value, four from 1,000 on (negative: tens ...)."""
+    largest = max((abs(v) for v in values), default=0.0)
+    if largest == 0.0:
+        return 0
+    exponent = math.floor(math.log10(largest))
+    return min(2 - exponent, 6) if exponent < 3 else 3 - exponent
+
+
+def signed(value: float, places: int | None = None) -> str:
+    return f"+{number(value, places)}" if value > 0 else number(value, places)
+
+
+def interval(e: Estimate | None, places: int | None = None) -> str:
+    """`[low, high]`, or nothing where there is none."""
+    if e is None or e.low is None or e.high is None:
+        return ""
+    digits = max(places_for([e.mean]), 0) if places is None else places
+    return f"[{number(e.low, digits)}, {number(e.high, digits)}]"
+
+
+def duration(seconds: object) -> str:
+    x = finite(seconds)
+    if x is None:
+        return _DASH
+    if x < 60:
+        return f"{number(x)} s"
+    minutes = round(x / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def compact(value: float, _: object = None) -> str:
+    """A number in few letters, for the ticks of an axis: 0.25, 20k, 1.5M."""
+    size = abs(value)
+    if size >= 1e9 or 0 < size < 1e-3:
+        text = _scientific(value)
+    elif size >= 1e4:
+        text = f"{value / 1e6:.4g}M" if size >= 1e6 else f"{value / 1e3:.4g}k"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", _MINUS)
+
+
+def panels(
+    rows: Sequence[Mapping[str, Any]], *, leave_out: Collection[str]
+) -> tuple[dict[str, list[Series]], list[tuple[str, Any, Any]]]:
+    """Every metric of the rows: what belongs into one panel, by its title, and (name, value, step) of those with fewer
+    than two numbers. A metric shares a panel with its held-out twin `eval/...`, and chosen with rejected."""
+    panels: dict[str, list[Series]] = {}
+    rare: list[tuple[str, Any, Any]] = []
+    for name in dict.fromkeys(key for row in rows for key in row if key not in leave_out):
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        values = [finite(value) for _, value in found]
+        if sum(value is not None for value in values) < 2:
+            rare.append((name, found[-1][1], found[-1][0]))
+            continue
+        base = name.removeprefix("eval/")
+        title = re.sub(r"/(chosen|rejected)$", "/chosen, rejected", base)
+        one = Series(name, name != base, [float(step) for step, _ in found], values)
+        panels.setdefault(title, []).append(one)
+    return panels, rare
+
+
+def curves(series: Sequence[Series], *, key: str, max_points: int = 400) -> Markup:
+    """Training as lines (many points: a running mean over the raw ones), held-out dashed."""
+    with _style(key):
+        figure, axes = _axes(3.0, 1.7)
+        # Margins in points are the same for every panel, so that a row of them lines up.
+        figure.subplots_adjust(left=0.145, right=0.985, bottom=0.13, top=0.96)
+        for i, one in enumerate(series):
+            steps = np.array(one.steps)
+            values = np.array([math.nan if v is None else v for v in one.values])
+            values = values.clip(-_LARGEST, _LARGEST)
+            many = len(steps) >= _MANY
+            smooth = many and not one.held_out
+            axes.plot(
+                *thin(steps, values, max_points),
+                color=_SERIES[i % len(_SERIES)],
+                linestyle="--" if one.held_out else "-",
+                linewidth=0.6 if smooth else 1.2,
+                alpha=0.35 if smooth else 1.0,
+                marker="" if many else "o",
+                markersize=2.8,
+            )
+            if smooth:
+                mean = running_mean(values, max(3, len(values) // 20))
+                axes.plot(*thin(steps, mean, max_points), color=_SERIES[i % len(_SERIES)])
+        _scale(axes, [v for one in series for v in one.finite])
+        _linear(axes.xaxis, 4, integer=True)
+        return _svg(figure, tight=False)
+
+
+def intervals(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -> Markup:
+    """A dot with its interval for each run, the first on top."""
+    with _style(key):
+        figure, axes = _axes(5.0, 0.6 + 0.24 * max(len(rows), 4))
+        for y, (_, e) in enumerate(rows):
+            if e.low is not None and e.high is not None:
+                axes.plot([e.low, e.high], [y, y], color=_SERIES[0], linewidth=2.6, alpha=0.35)
+            axes.plot([e.mean], [y], color=_SERIES[0], marker="o")
+        axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=True, axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(label)
+        _linear(axes.xaxis, 5)
+        return _svg(figure)
+
+
+def frontier(points: Sequence[tuple[str, float, Estimate]], *, label: str, key: str) -> Markup:
+    """What was gained against how far each run moved: (name, KL in nats, estimate)."""
+    with _style(key):
+        figure, axes = _axes(5.0, 0.6 + 0.24 * min(max(len(points), 5), 12))
+        for name, kl, e in points:
+            if e.low is not None and e.high is not None:
+                axes.plot([kl, kl], [e.low, e.high], color=_SERIES[0], linewidth=2.6, alpha=0.35)
+            axes.plot([kl], [e.mean], color=_SERIES[0], marker="o")
+            if len(points) <= 12:
+                axes.annotate(_short(name), (kl, e.mean), (5, 2), textcoords="offset points")
+        axes.margins(x=0.14, y=0.1)
+        axes.set_xlabel("KL to the reference, nats")
+        axes.set_ylabel(label)
+        _linear(axes.xaxis, 5)
+        _scale(axes, [e.mean for _, _, e in points])
+        return _svg(figure)
+
+
+def waterfall(changes: Sequence[float], *, key: str) -> Markup:
+    """A bar for each prompt's change, the largest gain first."""
+    with _style(key):
+        figure, axes = _axes(10.4, 1.5)
+        ranks = np.arange(1.0, len(changes) + 1)
+        x, y = thin(ranks, np.array(changes).clip(-_LARGEST, _LARGEST), 400)
+        width = 0.8 * len(changes) / len(x)
+        for side, colour in ((y > 0, _GOOD), (y < 0, _BAD)):
+            axes.bar(x[side], y[side], width=width, color=colour, linewidth=0)
+        axes.axhline(0, color=_MUTED, linewidth=0.6)
+        axes.margins(x=0.01)
+        axes.set_xlabel("prompts, from the largest gain to the largest loss")
+        _linear(axes.xaxis, 8, integer=True)
+        _scale(axes, changes)
+        return _svg(figure)
+
+
+def overoptimisation(
+    x: Sequence[float],
+    curves: Sequence[tuple[str, Sequence[float]]],
+    *,
+    label: str,
+    peak: int,
+    key: str,
+) -> Markup:
+    """Proxy above, gold below, over one x axis; the dashed line stands at index `peak`."""
+    with _style(key):
+        figure = Figure(figsize=(5.6, 3.2))
+        panels = figure.subplots(len(curves), 1, sharex=True)
+        for axes, (name, values), colour in zip(panels, curves, _SERIES[1::-1], strict=True):
+            axes.axvline(x[peak], color=_MUTED, linewidth=0.7, linestyle=(0, (3, 2)))
+            axes.plot(x, np.clip(values, -_LARGEST, _LARGEST), color=colour, marker="o", ms=2.8)
+            axes.set_ylabel(name)
+            _scale(axes, values)
+        panels[-1].set_xlabel(label)
+        _linear(panels[-1].xaxis, 5)
+        figure.align_ylabels(panels)
+        return _svg(figure)
+
+
+def thin(x: Floats, y: Floats, max_points: int) -> tuple[Floats, Floats]:
+    """At most `max_points` (>= 4) of the points: both ends, and the lowest and highest of each of equal buckets."""
+    if len(x) <= max_points:
+        return x, y
+    keep = {0, len(x) - 1}
+    for bucket in np.array_split(np.arange(len(x)), max_points // 2 - 1):
+        if np.isnan(y[bucket]).all():
+            keep.add(int(bucket[0]))
+        else:
+            keep |= {int(bucket[np.nanargmin(y[bucket])]), int(bucket[np.nanargmax(y[bucket])])}
+    index = sorted(keep)
+    return x[index], y[index]
+
+
+def running_mean(values: Floats, width: int) -> Floats:
+    """Centred mean of those of `width` values that are finite; nan where none is."""
+    seen = np.isfinite(values)
+    kernel = np.ones(min(width, len(values)))
+    total = np.convolve(np.where(seen, values, 0.0), kernel, "same")
+    count = np.convolve(seen.astype(float), kernel, "same")
+    return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0.5)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _linear(axis: Axis, num_ticks: int, *, integer: bool = False) -> None:
+    axis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10], integer=integer))
+    axis.set_major_formatter(FuncFormatter(compact))
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Linear, or logarithmic on both sides of zero where one value would flatten all others."""
+    sizes = np.abs([v for v in values if v != 0.0]).clip(max=_LARGEST)
+    typical = float(np.median(sizes)) if len(sizes) else 0.0
+    if typical and float(sizes.max()) > 1e4 * typical:
+        axes.set_yscale("symlog", linthresh=typical)
+        locator = SymmetricalLogLocator(base=10, linthresh=typical)
+        locator.set_params(numticks=5)
+        axes.yaxis.set_major_locator(locator)
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(compact))
+    else:
+        _linear(axes.yaxis, 5)
+
+
+def _scientific(value: float) -> str:
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def _style(key: str) -> AbstractContextManager[None]:
+    """The house style over matplotlib's own defaults, whatever the user's matplotlibrc says; `key` makes a drawing's
+    ids its own on a page of many."""
+    return style.context(["default", {**_STYLE, "svg.hashsalt": key}])
+
+
+def _svg(figure: Figure, *, tight: bool = True) -> Markup:
+    """The drawing without prolog, namespaces, fonts, and digits that nobody sees."""
+    file = StringIO()
+    box: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.03} if tight else {}
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=metadata, **box)
+    svg = _ROOT.sub(r"<svg \1>", file.getvalue(), count=1)
+    return Markup(_TAG.sub(lambda tag: _trim(tag[0]), svg))
+
+
+def _trim(tag: str) -> str:
+    for pattern, replacement in _TRIM:
+        tag = pattern.sub(replacement, tag)
+    for colour, variable in _VARIABLES.items():
+        tag = tag.replace(colour, f"var({variable})")
+    return tag

@@ -1,0 +1,391 @@
+"""Runs one stage from recipe to saved model: resolves, assembles, trains with its observers, resumes, sums up."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fairlead.algorithms import find
+from fairlead.algorithms.stage import Stage
+from fairlead.assemble import Given, assemble, sample_prompts
+from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
+from fairlead.errors import ConfigError, RunError
+from fairlead.models.export import save_model
+from fairlead.models.load import resolve_folder
+from fairlead.rollout.native import NativeSampler
+from fairlead.tracking import Console, MetricsLog, RunDirectory, file_sha256, open_sink, tree_sha256
+from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
+from fairlead.training.loop import Clock, run
+from fairlead.training.optim import Optimizer
+from fairlead.types import Algorithm, Observer, Sampling
+
+FORMAT_VERSION = 1
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: where it is, how it ended, and the trained model (in memory, on its device)."""
+
+    path: Path
+    summary: dict[str, Any]
+    model: Any
+    tokenizer: Any
+
+
+def settings_of(name: str) -> tuple[str, type[Any]]:
+    """The section and settings class of an algorithm, for ``fairlead.config.load_recipe``."""
+    algorithm = find(name)
+    return algorithm.name, algorithm.settings
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> ResolvedRecipe:
+    return load_recipe(source, overrides, settings_of=settings_of)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = None,
+    eval_data: Any = None,
+    reward: Any = None,
+) -> RunResult:
+    """Train one stage and return the result.
+
+    ``recipe`` is a shipped name (``"dpo"``), a file, or a mapping; ``settings`` override it by dotted key. ``model``,
+    ``tokenizer``, ``data``, ``eval_data`` and ``reward`` take a path (or hub id, ``module:function``) or a loaded
+    object: a causal language model (trained in place), its tokenizer, a ``datasets.Dataset`` or list of rows, a
+    function with trlX's signature. An unfinished run of the same recipe is continued where it stood. Raises a
+    FairleadError that says what to do.
+    """
+    overrides = dict(settings.items()) if isinstance(settings, Mapping) else _pairs(settings)
+    objects: dict[str, Any] = {}
+    if isinstance(model, str | Path):
+        overrides |= {"model.path": str(model), "model.scratch": None}
+    elif model is not None:
+        overrides |= {"model.path": None, "model.scratch": None}
+    if isinstance(tokenizer, str | Path):
+        overrides["model.tokenizer"] = str(tokenizer)
+    for key, value in (("data.path", data), ("data.eval_path", eval_data)):
+        if value is not None:
+            overrides[key] = str(value) if isinstance(value, str | Path) else None
+    resolved = resolve(recipe, overrides)
+    if reward is not None:
+        if isinstance(reward, str | Path):
+            resolved = resolve(recipe, overrides | {f"{resolved.section}.reward": str(reward)})
+        else:
+            objects["reward"] = reward
+    given = Given(
+        model=None if isinstance(model, str | Path) else model,
+        tokenizer=None if isinstance(tokenizer, str | Path) else tokenizer,
+        data=None if isinstance(data, str | Path) else data,
+        eval_data=None if isinstance(eval_data, str | Path) else eval_data,
+        objects=objects,
+    )
+    return run_stage(resolved, given)
+
+
+def _pairs(settings: Sequence[str]) -> dict[str, Any]:
+    from fairlead.config import parse_override
+
+    return dict(parse_override(text) for text in settings)
+
+
+def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: Path | None = None) -> RunResult:
+    """Run a resolved recipe in its run directory (or in ``folder``), continuing an unfinished run of the same recipe."""
+    given = given or Given()
+    recipe = resolved.recipe
+    algorithm = find(recipe.algorithm)
+    path = folder or Path(recipe.run.directory) / (recipe.run.name or algorithm.name)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    inputs = fingerprints(recipe, given)
+    directory = RunDirectory.create(path, yaml.safe_dump(resolved.as_dict(), sort_keys=False, allow_unicode=True))
+    with directory.lock():
+        _refuse_finished(directory)
+        stage, notes = assemble(recipe, algorithm, given, path)
+        source = algorithm.source(stage)
+        measure = algorithm.evaluation(stage) if stage.eval_records else dict
+        _write_manifest(directory, stage, algorithm, inputs, (*resolved.warnings, *notes))
+        return _train(directory, stage, algorithm, source, measure)
+
+
+def _train(
+    directory: RunDirectory,
+    stage: Stage,
+    algorithm: Algorithm[Any],
+    source: Any,
+    measure: Callable[[], dict[str, float]],
+) -> RunResult:
+    recipe, models = stage.recipe, stage.models
+    optimizer = Optimizer(recipe.optim, models.trainable, source.num_steps)
+    best = recipe.train.best_metric or (algorithm.best if stage.eval_records else None)
+    clock, log = Clock(), MetricsLog(directory, log_every=recipe.train.log_every, device=models.device.type)
+    parts: dict[str, Any] = {"clock": clock, "source": source, "log": log}
+    state = RunState(models.trainable, optimizer, parts)
+    checkpointer = Checkpointer(
+        directory.checkpoints, state, every=recipe.train.save_every, keep=recipe.train.keep_checkpoints, best=best
+    )
+    parts["checkpointer"] = checkpointer
+    found = newest(directory.checkpoints, _say)
+    if found is not None:
+        state.load(found)
+        _say(f"continuing {directory.path} after step {clock.step} of {source.num_steps}")
+    directory.truncate_after(clock.step if found is not None else -1)
+    log.add_sinks(
+        [
+            open_sink(
+                kind,
+                directory,
+                project=recipe.tracking.project,
+                name=directory.path.name,
+                settings=flatten(recipe.model_dump(mode="json")),
+            )
+            for kind in recipe.tracking.sinks
+        ]
+    )
+    console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
+    observers: list[Observer] = [log, console, _Samples(directory, stage, source.num_steps), checkpointer]
+    status = "failed"
+    try:
+        with stop_signals(checkpointer):
+            run(
+                models,
+                algorithm.passes(recipe.settings),
+                source,
+                optimizer,
+                observers,
+                clock,
+                seed=recipe.seed,
+                measure=_due(recipe, source.num_steps, measure),
+            )
+        _save(directory, stage, checkpointer)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except Exception as error:
+        status = "interrupted" if type(error).__name__ == "Interrupted" else "failed"
+        raise
+    finally:
+        for observer in observers:
+            observer.close()
+        summary = _summary(directory, algorithm, clock, status)
+        with contextlib.suppress(RunError):
+            directory.write_json("summary.json", summary)
+    return RunResult(directory.path, summary, models.network, models.tokenizer)
+
+
+def _due(
+    recipe: Recipe, num_steps: int, measure: Callable[[], dict[str, float]]
+) -> Callable[[int], dict[str, float]]:
+    every = recipe.train.eval_every
+    return lambda step: measure() if step in (0, num_steps) or (every is not None and step % every == 0) else {}
+
+
+class _Samples:
+    """An observer that draws responses to a few prompts and keeps them in samples.jsonl."""
+
+    def __init__(self, directory: RunDirectory, stage: Stage, num_steps: int) -> None:
+        self._directory, self._stage = directory, stage
+        self._every = stage.recipe.train.sample_every or num_steps
+        number = stage.recipe.train.num_samples if "policy" in stage.models.roles else 0
+        self._prompts = sample_prompts(stage, number) if number else []
+
+    def after_step(self, progress: Any) -> None:
+        if not self._prompts or progress.step % self._every:
+            return
+        stage = self._stage
+        sampler = NativeSampler(stage.models, stage.renderer)
+        sampling = Sampling(max_new_tokens=getattr(stage.settings, "max_new_tokens", SAMPLE_TOKENS))
+        rollouts = sampler.generate(self._prompts, sampling=sampling, key=(stage.recipe.seed, "samples"))
+        self._directory.append(
+            "samples.jsonl",
+            [
+                {
+                    "step": progress.step,
+                    "prompt": stage.renderer.prompt_text(rollout.prompt.prompt),
+                    "response": rollout.text,
+                    "finished": rollout.finished,
+                }
+                for rollout in rollouts
+            ],
+        )
+
+    def close(self) -> None: ...
+
+
+def _save(directory: RunDirectory, stage: Stage, checkpointer: Checkpointer) -> None:
+    """The final model under its name, whole or not at all."""
+    if stage.recipe.train.save_best and checkpointer.best_step is not None:
+        load_weights(checkpointer.path(checkpointer.best_step), stage.models.trainable)
+    temporary = directory.path / ".writing-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_model(stage.models, temporary, template=stage.renderer.template)
+        shutil.rmtree(directory.model, ignore_errors=True)
+        temporary.rename(directory.model)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"the model could not be saved to {directory.model}: {error}",
+            hint="make room and run the same command again: training is finished, only the saving is repeated",
+        ) from error
+
+
+@contextlib.contextmanager
+def stop_signals(checkpointer: Checkpointer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a save at the next step's end; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        checkpointer.stop_reason = signal.Signals(number).name
+        _say(f"{checkpointer.stop_reason}: saving after this step; once more stops at once")
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse_finished(directory: RunDirectory) -> None:
+    if directory.summary.is_file() and directory.model.is_dir():
+        import json
+
+        if json.loads(directory.summary.read_text("utf-8")).get("status") == "finished":
+            raise RunError(
+                f"{directory.path} holds a finished run of this recipe",
+                hint=f"choose another run.name, or remove {directory.path}",
+            )
+
+
+def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
+    """Hashes of everything the run reads, by setting."""
+    found: dict[str, dict[str, str]] = {}
+    places = {
+        "data.path": recipe.data.path if given.data is None else None,
+        "data.eval_path": recipe.data.eval_path if given.eval_data is None else None,
+        "model.path": recipe.model.path,
+        "model.tokenizer": recipe.model.tokenizer,
+        "reward": getattr(recipe.settings, "reward", None),
+    }
+    for key, place in places.items():
+        for name in (place,) if isinstance(place, str) else place or ():
+            path = Path(name)
+            if key in ("model.path", "reward") and path.is_dir():
+                path = resolve_folder(name) or path
+            if path.exists():
+                found[key] = {"path": name, "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path)}
+    if given.model is not None:
+        digest = hashlib.sha256()
+        for name, tensor in given.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found["model"] = {"path": "given in Python", "sha256": digest.hexdigest()}
+    return found
+
+
+def _write_manifest(
+    directory: RunDirectory, stage: Stage, algorithm: Algorithm[Any], inputs: dict[str, Any], notes: Sequence[str]
+) -> None:
+    import json
+
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    if directory.manifest.is_file():
+        before = json.loads(directory.manifest.read_text("utf-8"))
+        created = before["created"]
+        changed = [name for name in inputs if before["inputs"].get(name) != inputs[name]]
+        if changed:
+            raise RunError(
+                f"{directory.path} was begun with another content of {', '.join(changed)}",
+                hint="bring the old content back, or start again under another run.name",
+            )
+    directory.write_json(
+        "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "algorithm": algorithm.name,
+            "name": directory.path.name,
+            "created": created,
+            "seed": stage.recipe.seed,
+            "versions": versions(),
+            "hardware": {
+                "device": str(stage.models.device),
+                "processor": _processor(stage.models.device),
+                "threads": torch.get_num_threads(),
+            },
+            "inputs": inputs,
+            "data": stage.counts,
+            "parameters": stage.models.parameter_counts(),
+            "notes": list(notes),
+        },
+    )
+    for note in notes:
+        _say(note)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("fairlead", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _summary(directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, status: str) -> dict[str, Any]:
+    """The last value of every metric."""
+    last: dict[str, float] = {}
+    for row in directory.read_jsonl("metrics.jsonl"):
+        last |= {name: value for name, value in row.items() if name not in ("step", "tokens", "seconds")}
+    return {
+        "stage": directory.path.name,
+        "algorithm": algorithm.name,
+        "status": status,
+        "steps": clock.step,
+        "tokens": clock.tokens,
+        "seconds": round(clock.seconds, 3),
+        "metrics": {
+            name: {"mean": value, "low": None, "high": None, "n": 1} for name, value in sorted(last.items())
+        },
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

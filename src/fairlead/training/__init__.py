@@ -1,0 +1,1 @@
+"""The one loop, the optimizer, checkpoints. Knows no algorithm: alarms, evaluators and trackers are observers."""

@@ -1,0 +1,239 @@
+"""Checkpoints: everything a resumed run compares against, written whole or not at all.
+
+A checkpoint is written under a temporary name, fsynced and renamed; its manifest with the checksum of every file is
+written last. Only safetensors and JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fairlead.config import parse_interval
+from fairlead.errors import CheckpointError, Interrupted
+from fairlead.training.optim import Optimizer
+from fairlead.types import Progress
+
+FORMAT_VERSION = 1
+
+
+class Stateful(Protocol):
+    """A part of a run with a JSON-able state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a checkpoint holds: trained weights, the optimizer, and the parts' states by name."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    parts: Mapping[str, Stateful]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write the checkpoint as ``folder``. Raises CheckpointError, leaving nothing behind, when it cannot."""
+        if (folder / "manifest.json").is_file():
+            return
+        temporary = folder.with_name(f".writing-{folder.name}")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(
+                {name: p.detach().contiguous() for name, p in self.parameters.items()},
+                temporary / "model.safetensors",
+            )
+            save_file(self.optimizer.tensors(), temporary / "optimizer.safetensors")
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            write_text(temporary / "state.json", json.dumps(state) + "\n")
+            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "files": files,
+            }
+            for name in files:
+                _fsync(temporary / name)
+            write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            _fsync(temporary)
+            if folder.exists():  # torn by an earlier crash: it has no manifest
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _fsync(folder.parent)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+                raise
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {folder.parent}: {error}",
+                hint="make room (or set run.directory elsewhere) and run the same command again: it continues from "
+                "the checkpoint before, which is intact",
+            ) from error
+
+    def load(self, folder: Path) -> None:
+        """Put the weights, the optimizer and every part back. The checkpoint has been verified."""
+        manifest = read_manifest(folder)
+        if manifest["threads"] != torch.get_num_threads():
+            raise CheckpointError(
+                f"{folder} was trained with {manifest['threads']} CPU threads, this process has "
+                f"{torch.get_num_threads()}: the continued run would differ in its last bits",
+                hint=f"set threads={manifest['threads']}",
+            )
+        weights = load_file(folder / "model.safetensors")
+        if weights.keys() != self.parameters.keys():
+            odd = sorted(weights.keys() ^ self.parameters.keys())[:3]
+            raise CheckpointError(f"{folder} holds other parameters than this model: {', '.join(odd)} ...")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_tensors(load_file(folder / "optimizer.safetensors"))
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {manifest.get('format_version')}, this Fairlead reads {FORMAT_VERSION}",
+            hint="continue the run with the version of Fairlead that wrote it, or start again under another run.name",
+        )
+    return manifest
+
+
+def verify(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or none. A foreign format version raises."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        if "format version" in error.message:
+            raise
+        return error.message
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            return f"{path} does not match its checksum"
+    return None
+
+
+def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is named and passed over."""
+    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+        problem = verify(folder)
+        if problem is None:
+            return folder
+        say(f"{problem}; the checkpoint before it is used")
+    return None
+
+
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The trained weights alone: for the best checkpoint at the end of a run."""
+    weights = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+class Checkpointer:
+    """An observer that saves: by time or steps, at a new best, when asked to stop, and at the end. Stands last.
+
+    ``best`` names the metric to watch, ``-name`` where larger is worse is spelled ``name`` for losses: a name that
+    ends in ``loss`` or ``perplexity`` is better when smaller.
+    """
+
+    def __init__(
+        self, checkpoints: Path, state: RunState, *, every: str | int, keep: int, best: str | None
+    ) -> None:
+        self._folder, self._state, self._keep = checkpoints, state, keep
+        self._unit, self._interval = parse_interval(every)
+        self._last_time = time.monotonic()
+        self._best_metric = best
+        self.best_step: int | None = None
+        self.best_value: float | None = None
+        self.stop_reason: str | None = None
+        """Set by a signal handler: save at the next boundary and stop."""
+
+    def path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+    def after_step(self, progress: Progress) -> None:
+        improved = self._improved(progress)
+        last = progress.step == progress.num_steps
+        due = {
+            "never": False,
+            "steps": progress.step % max(1, int(self._interval)) == 0,
+            "seconds": time.monotonic() - self._last_time >= self._interval,
+        }[self._unit]
+        if last or due or improved or self.stop_reason:
+            self._state.save(self.path(progress.step), progress.step)
+            self._last_time = time.monotonic()
+            self._prune()
+        if self.stop_reason and not last:
+            raise Interrupted(
+                f"stopped by {self.stop_reason} after step {progress.step} of {progress.num_steps}; all is saved",
+                hint="the same command continues the run",
+            )
+
+    def close(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_step": self.best_step, "best_value": self.best_value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best_step, self.best_value = state["best_step"], state["best_value"]
+
+    def _improved(self, progress: Progress) -> bool:
+        value = progress.metrics.get(self._best_metric or "")
+        if value is None or value != value:
+            return False
+        lower = (self._best_metric or "").endswith(("loss", "perplexity"))
+        if self.best_value is not None and (value >= self.best_value if lower else value <= self.best_value):
+            return False
+        self.best_step, self.best_value = progress.step, value
+        return True
+
+    def _prune(self) -> None:
+        folders = sorted(self._folder.glob("step-*"))
+        for folder in folders[: -self._keep]:
+            if folder != self.path(self.best_step or -1):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and fsync one file."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
