@@ -36,9 +36,7 @@ class Given:
     """By the name of the algorithm's setting: a reward function, say."""
 
 
-def assemble(
-    recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path
-) -> tuple[Stage, tuple[str, ...]]:
+def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path) -> tuple[Stage, tuple[str, ...]]:
     """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait."""
     records, held_out, counts = load_data(recipe, algorithm, given)
     device = pick_device(recipe.model.device)
@@ -99,9 +97,7 @@ def load_data(
         held_out, eval_counts = load_records(eval_source, algorithm.record, heldout=True)
     elif data.eval_fraction:
         records, held_out = split_records(records, data.eval_fraction, recipe.seed)
-    elif isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text:
-        held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
-    elif isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file():
+    elif (isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text) or (isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file()):
         held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
     _refuse_leakage(records, held_out)
     return records, held_out, {"train": _rows(counts)} | ({"eval": _rows(eval_counts)} if eval_counts else {})
@@ -140,9 +136,7 @@ def _texts(records: Sequence[Record]) -> Iterator[str]:
             yield record.text
             continue
         yield (
-            record.prompt
-            if isinstance(record.prompt, str)
-            else "\n\n".join(turn["content"] for turn in record.prompt)
+            record.prompt if isinstance(record.prompt, str) else "\n\n".join(turn["content"] for turn in record.prompt)
         )
         if isinstance(record, Demonstration):
             yield record.response

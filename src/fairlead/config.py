@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fairlead.errors import ConfigError
 
@@ -52,14 +52,14 @@ class ScratchSection(Section):
 
     architecture: str = "llama"
     """A `model_type` of transformers."""
-    hidden_size: int = Field(256, ge=1)
-    num_layers: int = Field(4, ge=1)
-    num_heads: int = Field(4, ge=1)
-    intermediate_size: int | None = Field(None, ge=1)
+    hidden_size: int = Field(default=256, ge=1)
+    num_layers: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the MLP; 8/3 of hidden_size, rounded up to a multiple of 8, when not given."""
-    vocab_size: int = Field(4096, ge=260)
+    vocab_size: int = Field(default=4096, ge=260)
     """Size of the tokenizer trained on the data, special tokens included."""
-    context_length: int = Field(1024, ge=8)
+    context_length: int = Field(default=1024, ge=8)
     """Longest row in tokens the model can take."""
     tie_embeddings: bool = True
 
@@ -67,9 +67,9 @@ class ScratchSection(Section):
 class AdapterSection(Section):
     """LoRA. The base stays frozen and serves as the reference."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Module names (their last part), or `all-linear`: every linear layer but the head."""
 
@@ -94,6 +94,8 @@ class ModelSection(Section):
     def _one_origin(self) -> ModelSection:
         if self.path is not None and self.scratch is not None:
             raise ValueError("model.path and model.scratch are both given; a model has one origin")
+        if self.scratch is not None and self.adapter is not None:
+            raise ValueError("model.adapter needs a base that is saved somewhere; a model from scratch is not")
         return self
 
 
@@ -102,67 +104,69 @@ class DataSection(Section):
     """File of records (.jsonl, .json, .jsonl.gz), a folder written by `fairlead prepare`, or a hub id of `datasets`."""
     eval_path: str | None = None
     """Held-out records; `eval_fraction` of `path` when not given."""
-    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the prompts kept for evaluation, chosen by a hash of the prompt."""
     template: str = "auto"
     """How turns become text: auto (the model's, else plain), plain, question-answer, hh, chat (the tokenizer's own)."""
-    max_length: int = Field(512, ge=2)
+    max_length: int = Field(default=512, ge=2)
     """Longest row in tokens; what is longer is cut at the end, and counted."""
-    max_prompt_length: int | None = Field(None, ge=1)
+    max_prompt_length: int | None = Field(default=None, ge=1)
     """Records with a longer prompt are dropped, and counted; max_length - 1 when not given."""
     packing: bool = True
     """Runs side by side without padding; false: one record a row, padded to the longest."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use the first records only."""
 
 
 class OptimSection(Section):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Applied to matrices only, never to norms and biases."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after the warm-up: constant, or down to `min_learning_rate_ratio` at the last step."""
-    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps spent rising linearly from zero."""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
     """The same in steps; wins over `warmup_ratio`."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; null: measured, not clipped."""
 
 
 class TrainSection(Section):
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the records (on-policy: over the prompts); `steps` wins."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Records of one optimizer step (packed text: rows of max_length)."""
-    micro_batch_tokens: int = Field(8192, ge=16)
+    micro_batch_tokens: int = Field(default=8192, ge=16)
     """Tokens of one forward pass; a batch is cut into as many micro-batches as it needs."""
-    log_every: int = Field(1, ge=1)
-    eval_every: int | None = Field(None, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out records; null: before the first step and after the last."""
-    sample_every: int | None = Field(None, ge=1)
+    sample_every: int | None = Field(default=None, ge=1)
     """Steps between sample generations; null: at the end."""
-    num_samples: int = Field(4, ge=0)
+    num_samples: int = Field(default=4, ge=0)
     """Prompts of the sample generations."""
     save_every: str | int = "10min"
     """A time (30s, 10min, 2h) or a number of steps between checkpoints; never: none but the last."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay; the best one stays besides."""
     best_metric: str | None = None
-    """Metric that picks the best checkpoint, `-name` where larger is worse is `name`; null: the algorithm's own."""
+    """Metric that picks the best checkpoint; `-name` where smaller is better, as for losses it is anyway; null: the
+    algorithm's own."""
     save_best: bool = False
     """The final model is the best checkpoint's and not the last one's."""
 
-    @model_validator(mode="after")
-    def _parsable(self) -> TrainSection:
-        parse_interval(self.save_every)
-        return self
+    @field_validator("save_every")
+    @classmethod
+    def _parsable(cls, value: str | int) -> str | int:
+        parse_interval(value)
+        return value
 
 
 class TrackingSection(Section):
@@ -177,8 +181,8 @@ class Recipe(Section):
 
     algorithm: str
     """A name of the registry, or `module:ATTRIBUTE` of your own."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    threads: int | None = Field(None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; resume is bit-exact at the same number only. null: torch's own choice."""
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
@@ -214,8 +218,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
+cast(Any, _Loader).add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
+)
+cast(Any, _Loader).add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
@@ -229,7 +235,7 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid YAML: {error}") from error
 
 
@@ -252,10 +258,10 @@ def _refuse_repeated_keys(node: yaml.Node) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, child in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
             _refuse_repeated_keys(child)
 
@@ -356,13 +362,13 @@ def load_recipe(
     for key, value in pairs:
         _set(merged, key, value)
 
-    given = {key for key, _ in _flatten(raw)}
+    given = {key for key, _ in _flatten(raw)} & {key for key, _ in _flatten(merged)}
     overridden = {key for pair_key, value in pairs for key, _ in _flatten_one(pair_key, value)}
 
     def origin(key: str) -> str:
-        if key in overridden:
+        if any(name == key or name.startswith(f"{key}.") for name in overridden):
             return "command line"
-        if key in given:
+        if any(name == key or name.startswith(f"{key}.") for name in given):
             parts = key.split(".")
             line = next((lines[k] for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in lines), None)
             return place if line is None else f"{place}:{line}"
@@ -374,7 +380,7 @@ def load_recipe(
     own = merged.pop(section, None)
     problems: list[str] = []
     settings = _validate(settings_class, {} if own is None else own, f"{section}.", origin, problems)
-    top_level = [*Recipe.model_fields, section]
+    top_level = [*(name for name in Recipe.model_fields if name != "settings"), section]
     recipe = _validate(Recipe, merged, "", origin, problems, top_level)
     if problems or recipe is None or settings is None:
         raise ConfigError("\n".join(problems))
@@ -399,23 +405,37 @@ def _validate(
         return model.model_validate(raw)
     except ValidationError as error:
         for item in error.errors():
-            parts = [str(part) for part in item["loc"] if not _is_type_name(str(part))]
-            key = prefix + ".".join(parts)
-            place = origin(key)
+            parts = _key_of(item["loc"], raw, missing=item["type"] == "missing")
+            key = (prefix + ".".join(parts)).rstrip(".")
+            place = origin(re.sub(r"(\.\d+)+$", "", key))
             place = "" if place == "default" else f" ({place})"
             if item["type"] == "extra_forbidden":
                 known = _keys_at(model, parts[:-1]) if top_level is None or len(parts) > 1 else list(top_level)
                 problems.append(f"unknown key {key!r}{place}; {suggest(parts[-1], known)}")
             else:
                 got = "" if item["type"] == "missing" else f", got {_short(item['input'])}"
-                message = item["msg"].removeprefix("Value error, ")
+                message = "a section of settings was expected" if item["type"] == "model_type" else item["msg"]
+                message = message.removeprefix("Value error, ")
                 problems.append(f"{key or 'recipe'}{place}: {message[0].lower()}{message[1:]}{got}")
         return None
 
 
-def _is_type_name(part: str) -> bool:
-    """Pydantic names the tried member of a union in the location: not a key of the user's."""
-    return bool(re.match(r"^(str|int|float|bool|tuple\[|literal\[|list\[|dict\[|function-)", part))
+def _key_of(location: Sequence[str | int], raw: Any, *, missing: bool) -> list[str]:
+    """The user's keys in pydantic's location, which also names the tried members of unions and validators."""
+    keys: list[str] = []
+    for number, part in enumerate(location, start=1):
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(raw, Mapping):
+            items = cast(Mapping[Any, Any], raw).items()
+        elif isinstance(raw, list | tuple):
+            items = enumerate(cast(Sequence[Any], raw))
+        inside = {str(name): value for name, value in items}
+        if str(part) in inside:
+            raw = inside[str(part)]
+        elif not (missing and number == len(location)):
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _keys_at(model: type[BaseModel], parts: Sequence[str]) -> list[str]:
@@ -475,9 +495,7 @@ def _without_effect(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
     """Settings the user gave that nothing reads in this combination."""
 
     def given(key: str) -> bool:
-        return any(
-            origin != "default" for name, origin in origins.items() if name == key or name.startswith(f"{key}.")
-        )
+        return any(origin != "default" for name, origin in origins.items() if name == key or name.startswith(f"{key}."))
 
     rules = [
         ("train.epochs", recipe.train.steps is not None, "train.steps wins"),

@@ -23,7 +23,7 @@ from fairlead.algorithms import find
 from fairlead.algorithms.stage import Stage
 from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
-from fairlead.errors import ConfigError, RunError
+from fairlead.errors import RunError
 from fairlead.models.export import save_model
 from fairlead.models.load import resolve_folder
 from fairlead.rollout.native import NativeSampler
@@ -195,9 +195,7 @@ def _train(
     return RunResult(directory.path, summary, models.network, models.tokenizer)
 
 
-def _due(
-    recipe: Recipe, num_steps: int, measure: Callable[[], dict[str, float]]
-) -> Callable[[int], dict[str, float]]:
+def _due(recipe: Recipe, num_steps: int, measure: Callable[[], dict[str, float]]) -> Callable[[int], dict[str, float]]:
     every = recipe.train.eval_every
     return lambda step: measure() if step in (0, num_steps) or (every is not None and step % every == 0) else {}
 
@@ -302,7 +300,7 @@ def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
             if key in ("model.path", "reward") and path.is_dir():
                 path = resolve_folder(name) or path
             if path.exists():
-                found[key] = {"path": name, "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path)}
+                found[key if isinstance(place, str) else f"{key}: {name}"] = {"path": name, "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path)}
     if given.model is not None:
         digest = hashlib.sha256()
         for name, tensor in given.model.state_dict().items():
@@ -381,9 +379,7 @@ def _summary(directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, s
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 3),
-        "metrics": {
-            name: {"mean": value, "low": None, "high": None, "n": 1} for name, value in sorted(last.items())
-        },
+        "metrics": {name: {"mean": value, "low": None, "high": None, "n": 1} for name, value in sorted(last.items())},
     }
 
 

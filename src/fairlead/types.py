@@ -155,9 +155,7 @@ class Outputs:
 
     def _get(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise AttributeError(
-                f"this pass did not compute {name!r}; its Pass.needs lists {sorted(self._tensors)}"
-            )
+            raise AttributeError(f"this pass did not compute {name!r}; its Pass.needs lists {sorted(self._tensors)}")
         return self._tensors[name]
 
     @property

@@ -91,17 +91,13 @@ def policy_term(outputs: Outputs, batch: RolloutBatch, *, settings: Settings) ->
         "policy/clip_fraction": Mean(masked_sum(is_clipped(*inputs, clip_range=clip_range).float(), mask), tokens),
         "policy/approx_kl": Mean(masked_sum(drift, mask), tokens),
         "policy/entropy": Mean(masked_sum(outputs.entropy.detach(), mask), tokens),
-        "policy/ratio": Mean(
-            masked_sum((outputs.logprobs.detach() - batch.behaviour_logprobs).exp(), mask), tokens
-        ),
+        "policy/ratio": Mean(masked_sum((outputs.logprobs.detach() - batch.behaviour_logprobs).exp(), mask), tokens),
     }
 
 
 def value_term(outputs: Outputs, batch: RolloutBatch, *, settings: Settings) -> tuple[Tensor, Metrics]:
     """Clipped squared error of the values summed over response tokens; unit ``token``."""
-    loss = clipped_value_loss(
-        outputs.values, batch.values, batch.returns, value_clip_range=settings.value_clip_range
-    )
+    loss = clipped_value_loss(outputs.values, batch.values, batch.returns, value_clip_range=settings.value_clip_range)
     error = masked_sum((outputs.values.detach() - batch.returns) ** 2, batch.loss_mask)
     return masked_sum(loss, batch.loss_mask), {"value/error": Mean(error, batch.counts["token"])}
 
@@ -139,9 +135,7 @@ class RolloutSource:
             number, within = divmod(self._step, self._steps_per_round)
             experience, digest = self._collector.collect(number, self._round_prompts(number))
             if within and digest != self._digest:
-                raise CheckpointError(
-                    f"round {number} of the rollouts is not the one the checkpoint was made with"
-                )
+                raise CheckpointError(f"round {number} of the rollouts is not the one the checkpoint was made with")
             self._digest = digest
             tokens, sequences, measured = advantages(experience, self._settings)
             self._metrics = {} if within else measured
@@ -269,8 +263,7 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     chosen = [prompt for prompt, _ in prompts][: settings.num_eval_prompts]
     sampler = NativeSampler(stage.models, stage.renderer, rows=settings.rollout_rows)
     rewards = {"score": _reward(stage)} | {
-        name: open_reward(where, stage.renderer, device=stage.models.device)
-        for name, where in settings.watch.items()
+        name: open_reward(where, stage.renderer, device=stage.models.device) for name, where in settings.watch.items()
     }
     budget = stage.recipe.train.micro_batch_tokens
 

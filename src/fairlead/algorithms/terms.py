@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fairlead.types import Mean, Metrics, Outputs, TokenBatch
+from fairlead.types import Metrics, Outputs, TokenBatch
 
 
 def nll(outputs: Outputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:

@@ -136,12 +136,12 @@ def rollout_batch(
     """Responses with their per-token tensors (one [length] tensor a response) and per-sequence tensors [S]."""
     fields = token_fields(trees, packed=packed, pad_id=pad_id)
     mask = fields["loss_mask"]
-    spread: dict[str, Tensor] = {}
+    spread: dict[str, Any] = {**sequences}
     for name, values in tokens.items():
         flat = torch.cat(list(values))
         spread[name] = flat.new_zeros(mask.shape)
         spread[name][mask] = flat
-    return RolloutBatch(**fields, **spread, **sequences)
+    return RolloutBatch(**fields, **spread)
 
 
 def by_response(values: Tensor, batch: TokenBatch) -> list[Tensor]:

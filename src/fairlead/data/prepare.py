@@ -46,6 +46,9 @@ Rows = dict[str, list[dict[str, Any]]]
 class HHOptions:
     heldout: float = 0.15
     """Share of the conversations kept for evaluation; the others serve every stage."""
+    pretrain_on_chosen: bool = True
+    """pretrain.jsonl holds the training split's chosen transcripts; false: the plain text alone, so that a model
+    pretrained on it has seen no answer of any fold of a cross-validation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ def _build_hh(paths: Sequence[Path], options: HHOptions, seed: int) -> tuple[Row
         rows[f"{prefix}sft.jsonl"].append({"prompt": prompt, "response": chosen})
         rows[f"{prefix}preference.jsonl"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         rows[f"{prefix}prompts.jsonl"].append({"prompt": prompt})
-        if split == "train":
+        if split == "train" and options.pretrain_on_chosen:
             rows["pretrain.jsonl"].append({"text": hh.transcript(prompt, chosen)})
     return rows, counts.as_dict() | {"splits": dict(sorted(splits.items()))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -55,10 +56,15 @@ def load_records(
 
 
 def split_records(records: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) records; equal prompts always land on one side."""
+    """(training, held-out) records; equal prompts always land on one side.
+
+    The key is not that of `fairlead prepare`: what it put in one split would all land on one side here.
+    """
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     for record in records:
-        parts[split_of(prompt_key(record), {"train": 1 - fraction, "eval": fraction}, seed)].append(record)
+        parts[split_of(f"held-out {prompt_key(record)}", {"train": 1 - fraction, "eval": fraction}, seed)].append(
+            record
+        )
     if not parts["train"] or (fraction and not parts["eval"]):
         raise DataError(
             f"data.eval_fraction={fraction} of {len(records)} records leaves {len(parts['train'])} to train on and "
@@ -69,8 +75,10 @@ def split_records(records: Sequence[Any], fraction: float, seed: int) -> tuple[l
 
 
 def prompt_key(record: Record) -> str:
-    """What two records must not share across splits: the prompt, or the whole text."""
+    """What two records must not share across splits: the prompt, or the whole text. Plain text is one user turn."""
     prompt = record.text if isinstance(record, Text) else record.prompt
+    if not isinstance(prompt, str) and [turn["role"] for turn in prompt] == ["user"]:
+        prompt = prompt[0]["content"]
     return prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False, sort_keys=True)
 
 
@@ -118,7 +126,9 @@ def _preference(row: Row) -> Preference | str:
     if chosen == rejected:
         return "chosen equal to rejected"
     margin = data.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
+    if margin is not None and (
+        isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)
+    ):
         raise DataError(f"{row.place}: margin must be a number, got {margin!r}")
     return Preference(prompt, chosen, rejected, None if margin is None else float(margin))
 

@@ -70,16 +70,12 @@ class Renderer:
         if template != "chat" and template not in TEMPLATES:
             raise DataError(f"no template {template!r}", hint=f"there are: chat, {', '.join(sorted(TEMPLATES))}")
         if template == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                "data.template=chat, but the tokenizer has no chat template", hint="name another template"
-            )
+            raise DataError("data.template=chat, but the tokenizer has no chat template", hint="name another template")
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token", hint="set one, or use another tokenizer")
         self.tokenizer, self.template = tokenizer, template
         self.max_length = max_length
-        self.max_prompt_length = (
-            max_length - 1 if max_prompt_length is None else min(max_prompt_length, max_length - 1)
-        )
+        self.max_prompt_length = max_length - 1 if max_prompt_length is None else min(max_prompt_length, max_length - 1)
         self.eos = int(tokenizer.eos_token_id)
         bos = tokenizer.bos_token_id
         self._bos = () if bos is None or tokenizer("a").input_ids[:1] != [bos] else (int(bos),)
@@ -87,7 +83,7 @@ class Renderer:
     def prompt_text(self, prompt: Conversation) -> str:
         turns = _turns(prompt)
         if self.template == "chat":
-            return self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+            return self._chat(turns, open_answer=True)
         return TEMPLATES[self.template][0](turns)
 
     def response_text(self, prompt: Conversation, response: str) -> str:
@@ -96,13 +92,24 @@ class Renderer:
             return TEMPLATES[self.template][1] + response
         turns = [*_turns(prompt), Message(role="assistant", content=response)]
         before = self.prompt_text(prompt)
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = self._chat(turns, open_answer=False)
         if not whole.startswith(before):
             raise DataError(
                 "the chat template renders a prompt differently once the response follows it",
                 hint="name another template with data.template",
             )
         return whole[len(before) :].rstrip().removesuffix(self.tokenizer.eos_token)
+
+    def _chat(self, turns: Sequence[Message], *, open_answer: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=open_answer, tokenize=False)
+        except TemplateError as error:
+            raise DataError(
+                f"the chat template refuses the turns {', '.join(turn['role'] for turn in turns)}: {error}",
+                hint="name another template with data.template",
+            ) from error
 
     def prompts(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[Prompt, tuple[int, ...]]], LengthCounts]:
         """The prompts that fit, each with its ids."""
@@ -121,19 +128,17 @@ class Renderer:
         kept: list[int] = []
         if records and isinstance(records[0], Text):
             texts = [record.text for record in records if isinstance(record, Text)]
-            pieces = [(*self._bos, *ids, self.eos) for ids in self.token_ids(texts)]
+            pieces = [(*self._bos, *self._ended(ids)) for ids in self.token_ids(texts)]
             counts.kept = len(pieces)
             return [Tree((), (ids,)) for ids in pieces], list(range(len(pieces))), counts
         prompts = self.prompt_ids([_prompt_of(record) for record in records])
         sides = [_responses_of(record) for record in records]
         texts = [
-            self.response_text(_prompt_of(r), text)
-            for r, side in zip(records, sides, strict=True)
-            for text in side
+            self.response_text(_prompt_of(r), text) for r, side in zip(records, sides, strict=True) for text in side
         ]
         responses = iter(self.token_ids(texts))
         for index, (prompt, side) in enumerate(zip(prompts, sides, strict=True)):
-            whole = [(*next(responses), self.eos) for _ in side]
+            whole = [self._ended(next(responses)) for _ in side]
             if not self._fits(prompt, counts):
                 continue
             cut = tuple(ids[: self.max_length - len(prompt)] for ids in whole)
@@ -151,13 +156,19 @@ class Renderer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def prompt_ids(self, prompts: Sequence[Conversation]) -> list[tuple[int, ...]]:
-        """Rendered and tokenised prompts, the beginning-of-sequence token in front where the tokenizer has that habit."""
+        """Rendered and tokenised prompts, the beginning-of-sequence token first where the tokenizer has that habit."""
         rows = self.token_ids([self.prompt_text(prompt) for prompt in prompts])
         return [tuple(ids) if ids[: len(self._bos)] == list(self._bos) else (*self._bos, *ids) for ids in rows]
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without special tokens."""
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
+    def _ended(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids with one end-of-sequence token behind them, also where the text wrote it out itself."""
+        while ids and ids[-1] == self.eos:
+            ids = ids[:-1]
+        return (*ids, self.eos)
 
     def _fits(self, prompt: tuple[int, ...], counts: LengthCounts) -> bool:
         if not prompt:

@@ -21,9 +21,7 @@ def text_files(path: str | Path) -> list[Path]:
     return find_files(path, lambda file: format_of(file) in (".txt", ".jsonl"), ".txt or .jsonl files")
 
 
-def read_documents(
-    paths: Iterable[Path], counts: Counts, *, max_characters: int = 4000
-) -> Iterator[dict[str, str]]:
+def read_documents(paths: Iterable[Path], counts: Counts, *, max_characters: int = 4000) -> Iterator[dict[str, str]]:
     """``{"text": ...}`` of at most ``max_characters`` each, cut at blank lines where possible.
 
     ``counts`` counts texts: a ``.txt`` file, or the field ``text`` of a ``.jsonl`` row.

@@ -44,11 +44,11 @@ class Votes:
     some below zero, and a long tail.
     """
 
-    quality: float = 1.7
-    length: float = 0.6
-    code: float = 0.9
+    quality: float = 2.2
+    length: float = 0.35
+    code: float = 0.55
     noise: float = 0.6
-    base: float = -0.3
+    base: float = -0.6
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Thread:
     accepted: int | None
 
 
-def sample_site(
-    *, seed: int, num_questions: int, votes: Votes | None = None, world: World = WORLD
-) -> list[Thread]:
+def sample_site(*, seed: int, num_questions: int, votes: Votes | None = None, world: World = WORLD) -> list[Thread]:
     """The threads of a site in the order asked; a few repeat an earlier question word for word."""
     rng = Random(f"site/{seed}")
     threads: list[Thread] = []

@@ -16,30 +16,20 @@ from typing import Final, Literal
 from zlib import crc32
 
 TOPICS: Final = (
-    "brindor", "calvex", "dorlin", "eskar", "fennox", "galvor", "hirrel", "ivarn", "jorven",
-    "keltor", "lumora", "mistrel", "nadrix", "ostrin", "pelvar", "quillor", "rendak", "sundel",
-    "torvex", "umbrix",
+    "brindor", "calvex", "eskar", "galvor", "hirrel", "lumora", "nadrix", "pelvar", "sundel",
+    "torvex",
 )  # fmt: skip
-PARTS: Final = (
-    "valve", "belt", "fuse", "spring", "bearing", "gasket", "filter", "motor", "sensor", "magnet",
-)  # fmt: skip
+PARTS: Final = ("valve", "belt", "fuse", "bearing", "filter")
 STEPS: Final = (
-    "open the lid", "drain the tank", "wait ten minutes", "press the red button",
-    "turn the dial left", "close the shutter", "clean the tray", "lift the handle",
-    "unplug the cable", "charge the battery", "tighten the screws", "hold the reset key",
-    "fill the cup", "tilt the frame", "pull the lever", "wipe the glass", "swap the two hoses",
-    "loosen the clamp", "slide the cover back", "shake the box", "oil the hinge",
-    "set the switch to low", "warm the plate", "count to twenty",
+    "open the lid", "drain the tank", "press the red button", "turn the dial left",
+    "clean the tray", "unplug the cable", "charge the battery", "tighten the screws",
+    "pull the lever", "loosen the clamp", "oil the hinge", "count to twenty",
 )  # fmt: skip
 PROBLEMS: Final[Mapping[str, tuple[str, ...]]] = {
     "no-start": ("will not start", "refuses to start"),
     "leak": ("leaks water", "drips water"),
     "heat": ("runs too hot", "gets too hot"),
     "noise": ("makes a loud noise", "is very noisy"),
-    "stop": ("stops after a minute", "quits after a minute"),
-    "smoke": ("smells of smoke", "gives off smoke"),
-    "shaking": ("shakes badly", "rattles badly"),
-    "screen": ("shows a blank screen", "has a dark screen"),
 }
 
 TITLES: Final = (
@@ -223,9 +213,7 @@ def sample_question(rng: Random, *, held_out: bool = False, world: World = WORLD
     while True:
         topic, problem = rng.choice(list(world.cause)), rng.choice(list(world.steps))
         title = rng.choice(TITLES).format(topic=topic, problem=rng.choice(PROBLEMS[problem]))
-        body = rng.choice(BODIES).format(
-            topic=topic, problem=rng.choice(PROBLEMS[problem]), time=rng.choice(TIMES)
-        )
+        body = rng.choice(BODIES).format(topic=topic, problem=rng.choice(PROBLEMS[problem]), time=rng.choice(TIMES))
         question = Question(topic, problem, _sentence(title), f"{body} {rng.choice(ASKS)}")
         if question.held_out == held_out:
             return question

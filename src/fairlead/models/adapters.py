@@ -16,11 +16,16 @@ def add_adapters(model: Any, section: AdapterSection, names: Sequence[str]) -> A
     no linear layer, listing the names there are."""
     from peft import LoraConfig, get_peft_model
 
+    wanted = targets(model, section)
+    transposed = any(
+        type(module).__name__ == "Conv1D" for name, module in model.named_modules() if name.rpartition(".")[2] in wanted
+    )
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets(model, section),
+        target_modules=wanted,
+        fan_in_fan_out=transposed,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -34,9 +39,7 @@ def targets(model: Any, section: AdapterSection) -> list[str]:
     """Last parts of the names of the linear layers to adapt; the output head is never one of them."""
     head = model.get_output_embeddings()
     linears = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not head
+        name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and module is not head
     }
     if section.targets == "all-linear":
         return sorted(linears)

@@ -62,9 +62,7 @@ class Forest:
         width = batch.input_ids.shape[1]
         segments: list[Segment] = []
         cuts: list[tuple[int, ...]] = []
-        for row, (previous, ends) in enumerate(
-            zip(batch.previous.tolist(), batch.subtree_end.tolist(), strict=True)
-        ):
+        for row, (previous, ends) in enumerate(zip(batch.previous.tolist(), batch.subtree_end.tolist(), strict=True)):
             found = _row_segments(row, previous, ends)
             borders = {0, width} | {at for s in found for span in (s.span, *s.path) for at in span}
             ordered = sorted(borders)

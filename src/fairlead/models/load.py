@@ -124,9 +124,11 @@ def load_causal(origin: str, dtype: torch.dtype) -> Any:
         from peft import PeftModel
 
         base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
+        if base is None:
+            raise ModelError(f"{origin} is an adapter that does not name its base", hint="merge it, or name the base in it")
         inner = resolve_folder(base)
         model = load_causal(base if inner is None else str(inner), dtype)
-        return PeftModel.from_pretrained(model, origin).merge_and_unload()
+        return PeftModel.from_pretrained(model, origin).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{origin} cannot be loaded as a causal language model: {error}") from error
 

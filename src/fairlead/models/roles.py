@@ -55,9 +55,7 @@ class Models(nn.Module):
         self._value_trunk, self._autocast, self._role = value_trunk, autocast, ""
         main = "reward" if "reward" in self.roles else "policy"
         if value_trunk == "adapter" and "value" in self.roles and adapter is None:
-            raise ModelError(
-                "a value with an adapter of its own needs model.adapter", hint="set model.adapter.rank=16"
-            )
+            raise ModelError("a value with an adapter of its own needs model.adapter", hint="set model.adapter.rank=16")
         self._adapter_of: dict[str, str | None] = {role: main for role in self.roles if role != "reference"}
         if value_trunk == "adapter" and "value" in self.roles:
             self._adapter_of["value"] = "value"
@@ -76,9 +74,7 @@ class Models(nn.Module):
         self.is_peft = adapter is not None
         if adapter is not None:
             self.network.requires_grad_(False)
-            names = sorted(
-                {name for name in self._adapter_of.values() if name is not None}, key=lambda n: n != main
-            )
+            names = sorted({name for name in self._adapter_of.values() if name is not None}, key=lambda n: n != main)
             state = torch.random.get_rng_state()
             torch.manual_seed(seed)
             self.network = add_adapters(base.model, adapter, names)
@@ -94,7 +90,7 @@ class Models(nn.Module):
         if compared:
             _switch_dropout_off(self)
         if gradient_checkpointing:
-            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_activations(self.causal)
         self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ModelError("no parameter is trainable", hint="check model.adapter")
@@ -158,9 +154,7 @@ class Models(nn.Module):
     def forward(self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0) -> Outputs:
         """Compute the fields ``needs`` names (logprobs, entropy, values, scores) for the role in use."""
         network = self.active_network()
-        with torch.autocast(
-            batch.input_ids.device.type, self._autocast or torch.bfloat16, self._autocast is not None
-        ):
+        with torch.autocast(batch.input_ids.device.type, self._autocast or torch.bfloat16, self._autocast is not None):
             hidden = self._trunk(network, batch)
         outputs: dict[str, Tensor] = {}
         if needs & {"logprobs", "entropy", "values"}:
@@ -211,6 +205,12 @@ def _trunk_width(model: Any, embedding: int) -> int:
     """Width of the last hidden states (OPT-350m's differs from its layers')."""
     head = model.get_output_embeddings()
     return int(head.weight.shape[1]) if head is not None else embedding
+
+
+def _recompute_activations(model: Any) -> None:
+    """Non-reentrant checkpointing, under the name transformers has for it since 5.20 or the older one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _switch_dropout_off(module: nn.Module) -> None:

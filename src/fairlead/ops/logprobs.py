@@ -26,8 +26,7 @@ def token_logprobs(
     tensor unless asked for). Computed in max(fp32, input dtype); differentiable in hidden, weight and bias; the
     backward pass recomputes the logits, so memory is one chunk of at most CHUNK_ELEMENTS logits.
     """
-    apply = cast(Any, _TokenLogprobs.apply)
-    return apply(hidden, weight, bias, targets, temperature, with_entropy)
+    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, targets, temperature, with_entropy)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -20,11 +20,13 @@ def sequence_sums(values: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequen
 def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     """``values`` scaled to unit variance over the mask, centred if asked; zero off the mask. [B, T] -> [B, T].
 
-    The variance is the biased one. A mask of fewer than two tokens, or values all alike, leaves the scale at 1.
+    The variance is the biased one. A mask of fewer than two tokens, or values all alike (to the rounding of their
+    mean), leaves the scale at 1.
     """
     count = mask.sum().clamp(min=1)
     mean = masked_sum(values, mask) / count
     variance = masked_sum((values - mean) ** 2, mask) / count
-    scale = torch.where(variance > 1e-16, variance, torch.ones_like(variance)).rsqrt()
+    rounding = (16 * torch.finfo(values.dtype).eps * mean) ** 2
+    scale = torch.where(variance > rounding.clamp(min=1e-16), variance, torch.ones_like(variance)).rsqrt()
     shifted = values - mean if center else values
     return torch.where(mask, shifted * scale, 0.0)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def clipped_surrogate(
-    logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, *, clip_range: float
-) -> Tensor:
+def clipped_surrogate(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A), equation 7. [...] -> [...]"""
     ratio = torch.exp(logprobs - behaviour_logprobs)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)

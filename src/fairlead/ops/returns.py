@@ -19,9 +19,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: floa
     return rewards
 
 
-def gae(
-    rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns. ``rewards``, ``values`` [S, T] left-aligned, ``lengths`` [S] ->
     (advantages, returns) [S, T], zero past the end. The value after the last token is zero.
 

@@ -9,6 +9,7 @@ boundary of a flat CDF of V tokens far more often than one of these two short on
 from __future__ import annotations
 
 import hashlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def keyed_uniform(key: int, items: Tensor, tokens: Tensor, draw: int) -> Tensor:
 def permutation(key: int, length: int) -> list[int]:
     """A keyed shuffle of range(length)."""
     index = torch.arange(length)
-    return torch.argsort(keyed_uniform(key, index, torch.zeros_like(index), 0), stable=True).tolist()
+    order = torch.argsort(keyed_uniform(key, index, torch.zeros_like(index), 0), stable=True)
+    return cast(Any, order).tolist()
 
 
 def sample_tokens(logits: Tensor, key: int, items: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
-"""Turns run directories into one HTML page. Knows which numbers to set side by side and how to say them in words, but no
-algorithm: what a run logged is what is shown."""
+"""Turns run directories into one HTML page. Knows which numbers to set side by side and how to say them in words, but
+no algorithm: what a run logged is what is shown."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
@@ -42,7 +42,9 @@ _HIGHER_IS_BETTER = ("gold", "score", "win_rate", "accuracy")
 _LOWER_IS_BETTER = ("perplexity",)
 _LAST_COLUMNS = ("win_rate", "accuracy", "perplexity", "kl", "length", "distinct_1", "distinct_2")
 _MAX_SAMPLES = 12
+_MAX_RANKED = 24
 _CHANGES_OF_A_KIND = 4
+_WORTH_A_REMARK = 0.1  # share of gold's whole range that it must have lost again
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str | None = None, before: str | None = None) -> Path:
@@ -85,7 +87,6 @@ def _page(runs: list[Run], title: str, before: str | None) -> dict[str, Any]:
         comparisons.sort(key=lambda c: c.run != leader[0].name)
     gauges = [gauge for run in runs if (gauge := _gauge(run))]
     max_points = max(60, min(400, 4000 // len(runs)))
-    alarms = _alarms(runs)
     setups = _setups(runs)
     return {
         "title": title,
@@ -93,16 +94,16 @@ def _page(runs: list[Run], title: str, before: str | None) -> dict[str, Any]:
         "headline": _headline(runs, reference, leader, comparisons),
         "figures": _key_figures(runs, leader, comparisons),
         "remarks": _remarks(runs, gauges, setups),
-        "table": _table(runs, reference),
-        "metric_charts": _metric_charts(runs, leader),
+        "columns": _columns(runs),
+        "metric_charts": _metric_charts(runs, leader[1]) if leader else [],
         "setups": setups,
-        "unevaluated": [run.name for run in runs if not run.estimates()],
+        "unevaluated": [run.name for run in runs if not run.estimates],
         "reference": reference,
         "changes": [_change_view(c, i) for i, c in enumerate(comparisons)],
         "gauges": gauges,
         "runs": [_run_view(run, i, max_points) for i, run in enumerate(runs)],
         "leader": leader[0].name if leader else runs[-1].name,
-        "alarms": alarms,
+        "alarms": _alarms(runs),
         "notes": [(run.name, note) for run in runs for note in _list(run.manifest.get("notes"))],
     }
 
@@ -116,22 +117,22 @@ def _title(paths: Sequence[Path], runs: list[Run]) -> str:
 def _facts(runs: list[Run]) -> list[str]:
     """Where the numbers come from, in a line under the title."""
     days = sorted({run.created[:10] for run in runs} - {""})
-    devices = {str(as_mapping(r.manifest.get("hardware")).get("device", "")) for r in runs} - {""}
-    seeds = sorted({str(run.manifest["seed"]) for run in runs if "seed" in run.manifest})
-    facts = [", ".join(dict.fromkeys(run.algorithm for run in runs))]
-    if days:
-        facts.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
-    if devices:
-        facts.append(", ".join(sorted(devices)))
-    if seeds:
-        facts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
-    return facts
+    devices = {str(as_mapping(run.manifest.get("hardware")).get("device", "")) for run in runs}
+    seeds = {str(run.manifest.get("seed", "")) for run in runs} - {""}
+    facts = [
+        ", ".join(dict.fromkeys(run.algorithm for run in runs)),
+        " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
+        ", ".join(sorted(devices - {""})),
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(sorted(seeds))}" if seeds else "",
+    ]
+    return [fact for fact in facts if fact]
 
 
-def _find(runs: Iterable[Run], name: object) -> Run | None:
-    named = [run for run in runs if name is not None and run.name == name]
-    last = PurePath(str(name)).name
-    return next(iter(named or (run for run in runs if run.path.resolve().name == last)), None)
+def _find(runs: list[Run], name: object) -> Run | None:
+    """By name, else by the name of its folder."""
+    named = [run for run in runs if run.name == name]
+    folder = PurePath(str(name or "")).name
+    return next(iter(named + [run for run in runs if run.path.resolve().name == folder]), None)
 
 
 def _reference(runs: list[Run], before: str | None) -> Run | None:
@@ -150,9 +151,9 @@ def _leader(runs: list[Run], reference: Run | None) -> tuple[Run, str] | None:
     """The best run, and the metric by which it is."""
     for candidates in ([run for run in runs if run is not reference], runs):
         for metric in (*_HIGHER_IS_BETTER, *_LOWER_IS_BETTER):
-            if means := [(r.estimates()[metric].mean, r) for r in candidates if metric in r.estimates()]:
-                pick = max if metric in _HIGHER_IS_BETTER else min
-                return pick(means, key=lambda pair: pair[0])[1], metric
+            sign = 1 if metric in _HIGHER_IS_BETTER else -1
+            if having := [run for run in candidates if metric in run.estimates]:
+                return max(having, key=lambda run: sign * run.estimates[metric].mean), metric
     return None
 
 
@@ -166,17 +167,17 @@ def _headline(
     if leader is None:
         return _training_headline(runs)
     run, metric = leader
-    after, old = run.estimates()[metric], _estimate(reference, metric)
+    after, old = run.estimates[metric], _estimate(reference, metric)
     now = " ".join(_words(after)).rstrip()
-    if old is None or run is reference:
+    if reference is None or old is None or run is reference:
         sentence = f"{run.name} reached {metric} {now}"
     else:
         verb = "raised" if after.mean > old.mean else "lowered" if after.mean < old.mean else "left"
-        was, source = number(old.mean, places_for([after.mean])), reference.name if reference else ""
-        sentence = f"{run.name} {verb} {metric} from {was} ({source}) to {now}"
+        was = number(old.mean, places_for([after.mean]))
+        sentence = f"{run.name} {verb} {metric} from {was} ({reference.name}) to {now}"
     if kl := _estimate(run, "kl"):
         sentence += f" at KL {number(kl.mean)} nats"
-    rivals = sum(metric in other.estimates() for other in runs if other is not reference)
+    rivals = sum(metric in other.estimates for other in runs if other is not reference)
     if rivals > 1:
         sentence += f", the best of {rivals} runs"
     change = next((c for c in comparisons if c.run == run.name and c.metric == metric), None)
@@ -204,7 +205,7 @@ def _key_figures(
     figures: list[tuple[str, str, str]] = []
     if leader:
         run, metric = leader
-        e = run.estimates()[metric]
+        e = run.estimates[metric]
         figures.append((*_words(e), f"{metric}, {run.name}"))
         c = next((c for c in comparisons if c.run == run.name), None)
         if c and c.mean:
@@ -237,71 +238,52 @@ def _remarks(runs: list[Run], gauges: list[Row], setups: list[Row]) -> list[tupl
         remarks.append((f"{number(total)} alarm{'s' * (total > 1)} in {names}.", "alarms"))
     remarks += [(f"{gauge['run']}: {gauge['sentence']}", "overoptimisation") for gauge in gauges if gauge["over"]]
     if len(setups) > 1:
-        remarks.append(("The runs were evaluated in different ways; compare with care.", "table"))
+        remarks.append(("The runs were evaluated in different ways; compare with care.", "comparison"))
     return remarks
 
 
-def _table(runs: list[Run], reference: Run | None) -> Row:
-    """The comparison: columns in reading order, a cell for each run and metric, the best where that is known."""
-    evaluated = [(run, run.estimates()) for run in runs if run.estimates()]
-    names = dict.fromkeys(name for _, estimates in evaluated for name in estimates)
-    extra = [n for n in names if n not in ("gold", "score", *_LAST_COLUMNS)]
-    columns = []
+def _columns(runs: list[Run]) -> list[Row]:
+    """The metrics of the comparison in reading order; `best` where it is known whether more or less is better."""
+    names = dict.fromkeys(name for run in runs for name in run.estimates)
+    extra = [name for name in names if name not in ("gold", "score", *_LAST_COLUMNS)]
+    columns: list[Row] = []
     for name in (n for n in ("gold", "score", *extra, *_LAST_COLUMNS) if n in names):
-        means = [estimates[name].mean for _, estimates in evaluated if name in estimates]
+        means = [run.estimates[name].mean for run in runs if name in run.estimates]
         pick = max if name in _HIGHER_IS_BETTER else min if name in _LOWER_IS_BETTER else None
         best = pick(means) if pick and len(means) > 1 else None
         columns.append({"name": name, "places": places_for(means), "best": best})
-    return {
-        "columns": columns,
-        "rows": [
-            {
-                "run": run.name,
-                "index": runs.index(run),
-                "against": run.evaluation.get("reference"),
-                "is_reference": run is reference,
-                "estimates": estimates,
-            }
-            for run, estimates in evaluated
-        ],
-    }
+    return columns
 
 
 def _setups(runs: list[Run]) -> list[Row]:
     """The ways in which the runs were evaluated; one where all numbers can be compared."""
     setups: dict[str, list[str]] = {}
     for run in runs:
-        if run.estimates():
-            counts = [f"{number(run.evaluation.get(unit))} {unit}" for unit in ("prompts", "draws")]
+        if run.estimates:
+            counts = [
+                f"{number(run.evaluation[unit])} {unit}" for unit in ("prompts", "draws") if unit in run.evaluation
+            ]
             sampling = _flatten(as_mapping(run.evaluation.get("sampling")))
             words = ", ".join([*counts, *(f"{key} {setting(value)}" for key, value in sampling)])
             setups.setdefault(words, []).append(run.name)
     return [{"words": words, "runs": names} for words, names in setups.items()]
 
 
-def _metric_charts(runs: list[Run], leader: tuple[Run, str] | None) -> list[Row]:
-    if leader is None:
-        return []
-    metric = leader[1]
-    rows = [(run.name, e) for run in runs if (e := _estimate(run, metric))]
-    if len(rows) < 2:
-        return []
-    figures = [
-        {
-            "svg": charts.intervals(rows, label=metric, key="intervals"),
-            "caption": f"{metric} of each run with its 95 % interval.",
-        }
-    ]
-    points = [
-        (run.name, kl.mean, e) for run in runs if (e := _estimate(run, metric)) and (kl := _estimate(run, "kl"))
-    ]
-    if len(points) > 1:
-        figures.append(
-            {
-                "svg": charts.frontier(points, label=metric, key="frontier"),
-                "caption": f"{metric} against the distance from the reference.",
-            }
-        )
+def _metric_charts(runs: list[Run], metric: str) -> list[Row]:
+    """The metric of every run, the best on top, and the same against KL."""
+    sign = -1 if metric in _HIGHER_IS_BETTER else 1
+    having = sorted((r for r in runs if metric in r.estimates), key=lambda run: sign * run.estimates[metric].mean)
+    moved = [run for run in having if "kl" in run.estimates]
+    figures: list[Row] = []
+    if len(having) > 1:
+        rows = [(run.name, run.estimates[metric]) for run in having[:_MAX_RANKED]]
+        whose = "each run" if len(rows) == len(having) else f"the best {len(rows)} of {len(having)} runs"
+        svg = charts.intervals(rows, label=metric, key="intervals")
+        figures.append({"svg": svg, "caption": f"{metric} of {whose} with its 95 % interval."})
+    if len(moved) > 1:
+        points = [(run.name, run.estimates["kl"].mean, run.estimates[metric]) for run in moved]
+        svg = charts.frontier(points, label=metric, key="frontier")
+        figures.append({"svg": svg, "caption": f"{metric} against the distance from the reference."})
     return figures
 
 
@@ -353,9 +335,10 @@ def _gauge(run: Run) -> Row | None:
         [("score (proxy)", proxy), (gold, truth)],
         label="KL to the reference, nats" if uses_kl else "step",
         peak=peak,
-        key=f"overoptimisation-{run.path.name}-{run.name}",
+        key=f"overoptimisation-{run.name}",
     )
-    return {"run": run.name, "sentence": sentence, "over": fall > 0 and rise > 0, "svg": svg}
+    over = rise > 0 and fall > _WORTH_A_REMARK * (max(truth) - min(truth))
+    return {"run": run.name, "sentence": sentence, "over": over, "svg": svg}
 
 
 def _alarms(runs: list[Run]) -> list[Row]:
@@ -436,7 +419,7 @@ def _end(run: Run) -> Row:
     """Status, steps, tokens and seconds: from the summary, else from the last logged step."""
     last = run.metrics[-1] if run.metrics else {}
     return {
-        "status": str(run.summary.get("status", "unfinished" if run.metrics else "not started")),
+        "status": str(run.summary.get("status") or ("unfinished" if run.metrics else "not started")),
         "steps": run.summary.get("steps", last.get("step")),
         "tokens": run.summary.get("tokens", last.get("tokens")),
         "seconds": run.summary.get("seconds", last.get("seconds")),
@@ -444,7 +427,7 @@ def _end(run: Run) -> Row:
 
 
 def _estimate(run: Run | None, metric: str) -> Estimate | None:
-    return run.estimates().get(metric) if run else None
+    return run.estimates.get(metric) if run else None
 
 
 def _words(e: Estimate) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""Numbers as a person reads them: as text, and as inline SVG by matplotlib, the same bytes for the same numbers and coloured
-by CSS variables so that one drawing serves light, dark and paper. Knows no run directory."""
+"""Numbers as a person reads them: as text, and as inline SVG by matplotlib, the same bytes for the same numbers and
+coloured by CSS variables so that one drawing serves light, dark and paper. Knows no run directory."""
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from fairlead.report.read import Estimate, finite
@@ -62,7 +63,7 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 4,
     "lines.solid_joinstyle": "round",
 }
-_LARGEST = 1e30  # larger values are drawn as this one
+_SIDES = ("chosen", "rejected")
 _MINUS, _DASH = "\u2212", "\u2013"
 _MANY = 60  # points from which a curve has a running mean and no dots
 
@@ -105,7 +106,7 @@ def number(value: object, places: int | None = None) -> str:
         text = _scientific(x)
     else:
         digits = places_for([x]) if places is None else places
-        text = f"{round(x, digits):,.{max(digits, 0)}f}"
+        text = f"{round(x, digits):z,.{max(digits, 0)}f}"
         text = text.rstrip("0").rstrip(".") if places is None and digits > 0 else text
     return text.replace("-", _MINUS)
 
@@ -158,16 +159,20 @@ def panels(
 ) -> tuple[dict[str, list[Series]], list[tuple[str, Any, Any]]]:
     """Every metric of the rows: what belongs into one panel, by its title, and (name, value, step) of those with fewer
     than two numbers. A metric shares a panel with its held-out twin `eval/...`, and chosen with rejected."""
+    names = dict.fromkeys(key for row in rows for key in row if key not in leave_out)
+    bases = {name.removeprefix("eval/") for name in names}
     panels: dict[str, list[Series]] = {}
     rare: list[tuple[str, Any, Any]] = []
-    for name in dict.fromkeys(key for row in rows for key in row if key not in leave_out):
+    for name in names:
         found = [(row["step"], row[name]) for row in rows if name in row]
         values = [finite(value) for _, value in found]
         if sum(value is not None for value in values) < 2:
             rare.append((name, found[-1][1], found[-1][0]))
             continue
-        base = name.removeprefix("eval/")
-        title = re.sub(r"/(chosen|rejected)$", "/chosen, rejected", base)
+        title = base = name.removeprefix("eval/")
+        stem, _, side = base.rpartition("/")
+        if side in _SIDES and {f"{stem}/{side}" for side in _SIDES} <= bases:
+            title = f"{stem}/{', '.join(_SIDES)}"
         one = Series(name, name != base, [float(step) for step, _ in found], values)
         panels.setdefault(title, []).append(one)
     return panels, rare
@@ -182,7 +187,6 @@ def curves(series: Sequence[Series], *, key: str, max_points: int = 400) -> Mark
         for i, one in enumerate(series):
             steps = np.array(one.steps)
             values = np.array([math.nan if v is None else v for v in one.values])
-            values = values.clip(-_LARGEST, _LARGEST)
             many = len(steps) >= _MANY
             smooth = many and not one.held_out
             axes.plot(
@@ -224,12 +228,18 @@ def frontier(points: Sequence[tuple[str, float, Estimate]], *, label: str, key: 
     """What was gained against how far each run moved: (name, KL in nats, estimate)."""
     with _style(key):
         figure, axes = _axes(5.0, 0.6 + 0.24 * min(max(len(points), 5), 12))
-        for name, kl, e in points:
+        width, height = np.ptp([kl for _, kl, _ in points]), np.ptp([e.mean for _, _, e in points])
+        for i, (name, kl, e) in enumerate(points):
             if e.low is not None and e.high is not None:
                 axes.plot([kl, kl], [e.low, e.high], color=_SERIES[0], linewidth=2.6, alpha=0.35)
             axes.plot([kl], [e.mean], color=_SERIES[0], marker="o")
+            crowded = any(
+                abs(kl - other) <= 0.15 * width and abs(e.mean - near.mean) <= 0.1 * height
+                for _, other, near in points[:i]
+            )
             if len(points) <= 12:
-                axes.annotate(_short(name), (kl, e.mean), (5, 2), textcoords="offset points")
+                x, side = (-5, "right") if crowded else (5, "left")
+                axes.annotate(_short(name), (kl, e.mean), (x, 2), textcoords="offset points", ha=side)
         axes.margins(x=0.14, y=0.1)
         axes.set_xlabel("KL to the reference, nats")
         axes.set_ylabel(label)
@@ -243,7 +253,7 @@ def waterfall(changes: Sequence[float], *, key: str) -> Markup:
     with _style(key):
         figure, axes = _axes(10.4, 1.5)
         ranks = np.arange(1.0, len(changes) + 1)
-        x, y = thin(ranks, np.array(changes).clip(-_LARGEST, _LARGEST), 400)
+        x, y = thin(ranks, np.array(changes), 400)
         width = 0.8 * len(changes) / len(x)
         for side, colour in ((y > 0, _GOOD), (y < 0, _BAD)):
             axes.bar(x[side], y[side], width=width, color=colour, linewidth=0)
@@ -269,7 +279,7 @@ def overoptimisation(
         panels = figure.subplots(len(curves), 1, sharex=True)
         for axes, (name, values), colour in zip(panels, curves, _SERIES[1::-1], strict=True):
             axes.axvline(x[peak], color=_MUTED, linewidth=0.7, linestyle=(0, (3, 2)))
-            axes.plot(x, np.clip(values, -_LARGEST, _LARGEST), color=colour, marker="o", ms=2.8)
+            axes.plot(x, values, color=colour, marker="o", ms=2.8)
             axes.set_ylabel(name)
             _scale(axes, values)
         panels[-1].set_xlabel(label)
@@ -312,18 +322,22 @@ def _linear(axis: Axis, num_ticks: int, *, integer: bool = False) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Linear, or logarithmic on both sides of zero where one value would flatten all others."""
-    sizes = np.abs([v for v in values if v != 0.0]).clip(max=_LARGEST)
+    """Linear, or logarithmic where one value would flatten all others."""
+    sizes = np.abs([v for v in values if v != 0.0])
     typical = float(np.median(sizes)) if len(sizes) else 0.0
-    if typical and float(sizes.max()) > 1e4 * typical:
+    if typical == 0.0 or float(sizes.max()) <= 1e4 * typical:
+        _linear(axes.yaxis, 5)
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    else:
         axes.set_yscale("symlog", linthresh=typical)
         locator = SymmetricalLogLocator(base=10, linthresh=typical)
         locator.set_params(numticks=5)
         axes.yaxis.set_major_locator(locator)
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(compact))
-    else:
-        _linear(axes.yaxis, 5)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(compact))
 
 
 def _scientific(value: float) -> str:
@@ -346,7 +360,9 @@ def _svg(figure: Figure, *, tight: bool = True) -> Markup:
     file = StringIO()
     box: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.03} if tight else {}
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=metadata, **box)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the reader's fonts count, not matplotlib's
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata, **box)
     svg = _ROOT.sub(r"<svg \1>", file.getvalue(), count=1)
     return Markup(_TAG.sub(lambda tag: _trim(tag[0]), svg))
 

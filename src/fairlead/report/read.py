@@ -19,6 +19,8 @@ from fairlead.errors import RunError
 Row = dict[str, Any]
 """One JSON object of a file."""
 
+_LARGEST = 1e100
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -32,7 +34,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run directory. `metrics` has one row a step, ascending; `missing` and `damage` name files."""
+    """One run directory. `metrics` has one row a step, ascending; `estimates` are the evaluation's metrics; `missing`
+    and `damage` name files."""
 
     name: str
     path: Path
@@ -43,21 +46,18 @@ class Run:
     samples: list[Row]
     alarms: list[Row]
     evaluation: Row
+    estimates: dict[str, Estimate]
     responses: list[Row]
     missing: tuple[str, ...]
     damage: tuple[str, ...]
 
     @property
     def created(self) -> str:
-        return str(self.manifest.get("created", ""))
+        return str(self.manifest.get("created") or "")
 
     @property
     def algorithm(self) -> str:
         return str(self.manifest.get("algorithm") or self.recipe.get("algorithm") or "unknown")
-
-    def estimates(self) -> dict[str, Estimate]:
-        """The metrics of `evaluation/metrics.json`."""
-        return parse_estimates(self.evaluation.get("metrics"))
 
     def points(self, *names: str) -> list[tuple[float, ...]]:
         """(step, value, value ...) of the steps at which all `names` were finite."""
@@ -158,6 +158,7 @@ def read_run(path: Path) -> Run:
             damage.append(f"{file}: lines that are not readable: {len(lines) - len(good)}")
         return good
 
+    evaluation = mapping("evaluation/metrics.json", json.loads)
     return Run(
         name=path.resolve().name,
         path=path,
@@ -167,7 +168,8 @@ def read_run(path: Path) -> Run:
         metrics=_by_step(rows("metrics.jsonl")),
         samples=rows("samples.jsonl"),
         alarms=rows("alarms.jsonl"),
-        evaluation=mapping("evaluation/metrics.json", json.loads),
+        evaluation=evaluation,
+        estimates=parse_estimates(evaluation.get("metrics")),
         responses=rows("evaluation/responses.jsonl"),
         missing=tuple(missing),
         damage=tuple(damage),
@@ -228,13 +230,8 @@ def parse_estimates(metrics: object) -> dict[str, Estimate]:
 
 
 def finite(value: object) -> float | None:
-    """The number, or None for what is not a finite one."""
-    if not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond 1e308
-        return None
+    """The number, or None for what is not a finite one (or so large that a sum of squares would not be)."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= _LARGEST else None
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:

@@ -49,9 +49,7 @@ class Experience:
         prompt_lengths, lengths = tensors["prompt_lengths"].tolist(), tensors["response_lengths"].tolist()
         prompts, responses = tensors["prompt_ids"].split(prompt_lengths), tensors["response_ids"].split(lengths)
         trees = [Tree(tuple(p.tolist()), (tuple(r.tolist()),)) for p, r in zip(prompts, responses, strict=True)]
-        flat = {
-            name.removeprefix("token/"): values for name, values in tensors.items() if name.startswith("token/")
-        }
+        flat = {name.removeprefix("token/"): values for name, values in tensors.items() if name.startswith("token/")}
         tokens = {name: list(values.split(lengths)) for name, values in flat.items()}
         return cls(trees, tokens, tensors["scores"], tensors["finished"])
 

@@ -38,14 +38,10 @@ class NativeSampler:
                 for start in range(0, len(prompts), self._rows):
                     chunk = slice(start, start + self._rows)
                     decoded = self._decode(network, ids[chunk], sampling, stream_key(*key), first_item + start)
-                    for prompt, prompt_ids, (tokens, logprobs) in zip(
-                        prompts[chunk], ids[chunk], decoded, strict=True
-                    ):
+                    for prompt, prompt_ids, (tokens, logprobs) in zip(prompts[chunk], ids[chunk], decoded, strict=True):
                         finished = tokens[-1] == self._renderer.eos
                         text = self._renderer.decode(tokens)
-                        rollouts.append(
-                            Rollout(prompt, prompt_ids, tuple(tokens), tuple(logprobs), finished, text)
-                        )
+                        rollouts.append(Rollout(prompt, prompt_ids, tuple(tokens), tuple(logprobs), finished, text))
             finally:
                 network.train(was_training)
         return rollouts
@@ -73,9 +69,7 @@ class NativeSampler:
                 if not responses[row] or responses[row][-1] != self._renderer.eos:
                     responses[row].append(token)
                     logprobs[row].append(logprob)
-            done = torch.tensor(
-                [responses[row][-1] == self._renderer.eos for row in alive.tolist()], device=device
-            )
+            done = torch.tensor([responses[row][-1] == self._renderer.eos for row in alive.tolist()], device=device)
             if bool(done.all()):
                 break
             if int(done.sum()) * 8 >= len(alive):

@@ -71,6 +71,8 @@ class ModelReward:
 
         folder = resolve_folder(source)
         origin = source if folder is None else str(folder)
+        if read_meta(folder).get("role", "reward") != "reward":
+            raise ModelError(f"{source} was trained as a policy and has no reward head", hint="give a reward run")
         try:
             self._model: Any = AutoModelForSequenceClassification.from_pretrained(origin, dtype=torch.float32)
         except (OSError, ValueError) as error:
@@ -80,8 +82,6 @@ class ModelReward:
                 f"{source} has {self._model.config.num_labels} labels; a reward model has one",
                 hint="give the run of a reward stage, or a sequence classifier with num_labels=1",
             )
-        if read_meta(folder).get("role", "reward") != "reward":
-            raise ModelError(f"{source} was trained as a policy and has no reward head", hint="give a reward run")
         self._model.to(device).eval().requires_grad_(False)
         self.name, self._device, self._budget = "score", device, budget
         self._renderer = Renderer(

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,8 @@ class RolloutStore:
         """The rollouts of one chunk of prompts: read back when they were sampled before, else sampled and saved."""
         path = self._path(round_number, "") / f"chunk-{number:03d}.json"
         if path.is_file():
-            rows = json.loads(path.read_text("utf-8"))
-            return [
-                Rollout(prompt, **{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()})
-                for prompt, row in zip(prompts, rows, strict=True)
-            ]
+            rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+            return [Rollout(prompt, **_frozen(row)) for prompt, row in zip(prompts, rows, strict=True)]
         rollouts = sample()
         rows = [{k: v for k, v in asdict(rollout).items() if k != "prompt"} for rollout in rollouts]
         _write(path, json.dumps(rows).encode())
@@ -65,29 +63,32 @@ class RolloutStore:
     def load(self, round_number: int) -> tuple[dict[str, Tensor], str]:
         """Tensors of a finished round and their hash. Raises CheckpointError when a file was changed."""
         digests = json.loads(self._path(round_number, ".json").read_text("utf-8"))
-        path = self._path(round_number, ".safetensors")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != digests[".safetensors"]:
-            raise CheckpointError(
-                f"{path} was changed after it was written", hint="remove the run and start again"
-            )
-        return load_file(path), digest
+        for suffix, digest in digests.items():
+            path = self._path(round_number, suffix)
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                raise CheckpointError(f"{path} was changed after it was written", hint="remove the run and start again")
+        return load_file(self._path(round_number, ".safetensors")), digests[".safetensors"]
 
     def _path(self, round_number: int, suffix: str) -> Path:
         return self._folder / f"round-{round_number:06d}{suffix}"
 
 
+def _frozen(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+
+
 def _write(path: Path, blob: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
             f"{path} could not be written: {error}", hint="make room and run the same command again: it continues"
         ) from error

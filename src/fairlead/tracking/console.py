@@ -75,12 +75,15 @@ class Console:
         step, tokens, seconds = self._window[0]
         elapsed = max(now.seconds - seconds, 1e-9)
         steps_per_second = (now.step - step) / elapsed
-        parts = [
-            f"{self._title}  {now.step}/{now.num_steps}",
+        rates = [
             f"{steps_per_second:.3g} steps/s",
             f"{(now.tokens - tokens) / elapsed:,.0f} tokens/s",
             f"{_clock(now.seconds)} elapsed",
             f"{_clock((now.num_steps - now.step) / max(steps_per_second, 1e-9))} left",
+        ]
+        parts = [
+            f"{self._title}  {now.step}/{now.num_steps}",
+            *(rates if now.step > step else ()),
             *(f"{name} {self._values[name]:.4g}" for name in self._headline if name in self._values),
         ]
         return "  ".join(parts)

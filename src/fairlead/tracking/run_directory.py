@@ -234,9 +234,7 @@ class RunDirectory:
                 row = json.loads(line) if line else None
             except ValueError as error:
                 if number < len(lines):
-                    raise RunError(
-                        f"{path}, line {number} is not JSON: {error}", "mend or remove that line"
-                    ) from error
+                    raise RunError(f"{path}, line {number} is not JSON: {error}", "mend or remove that line") from error
                 row = None
             if row is not None:
                 yield line, row

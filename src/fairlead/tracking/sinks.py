@@ -120,9 +120,7 @@ def open_sink(kind: str, run: RunDirectory, *, project: str, name: str, settings
     except FairleadError:
         raise
     except ImportError as error:
-        raise ConfigError(
-            f"the tracker {kind!r} is not installed: {error}", 'pip install "fairlead[track]"'
-        ) from error
+        raise ConfigError(f"the tracker {kind!r} is not installed: {error}", 'pip install "fairlead[track]"') from error
     except Exception as error:
         raise ConfigError(f"the tracker {kind!r} did not start: {error}", "mend it, or leave it out") from error
 

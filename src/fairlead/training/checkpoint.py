@@ -46,7 +46,7 @@ class RunState:
 
     def save(self, folder: Path, step: int) -> None:
         """Write the checkpoint as ``folder``. Raises CheckpointError, leaving nothing behind, when it cannot."""
-        if (folder / "manifest.json").is_file():
+        if folder.exists() and verify(folder) is None:
             return
         temporary = folder.with_name(f".writing-{folder.name}")
         try:
@@ -71,7 +71,7 @@ class RunState:
                 _fsync(temporary / name)
             write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             _fsync(temporary)
-            if folder.exists():  # torn by an earlier crash: it has no manifest
+            if folder.exists():  # damaged, or torn by an earlier crash
                 shutil.rmtree(folder)
             temporary.rename(folder)
             _fsync(folder.parent)
@@ -108,13 +108,25 @@ class RunState:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = _manifest(folder)
+    if isinstance(manifest, str):
+        raise CheckpointError(manifest)
+    return manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any] | str:
+    """The manifest, or why there is none. A foreign format version raises."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        if not isinstance(manifest, dict) or "format_version" not in manifest:
+            raise ValueError("manifest.json names no format version")
+        if manifest["format_version"] == FORMAT_VERSION and not {"threads", "files"} <= manifest.keys():
+            raise ValueError("manifest.json lacks its files or threads")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
+        return f"{folder} is not a whole checkpoint: {error}"
+    if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {manifest.get('format_version')}, this Fairlead reads {FORMAT_VERSION}",
+            f"{folder} has format version {manifest['format_version']}, this Fairlead reads {FORMAT_VERSION}",
             hint="continue the run with the version of Fairlead that wrote it, or start again under another run.name",
         )
     return manifest
@@ -122,12 +134,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or none. A foreign format version raises."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        if "format version" in error.message:
-            raise
-        return error.message
+    manifest = _manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
     for name, digest in manifest["files"].items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
@@ -137,12 +146,17 @@ def verify(folder: Path) -> str | None:
 
 def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; a damaged one is named and passed over."""
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    for folder in reversed(_by_step(checkpoints)):
         problem = verify(folder)
         if problem is None:
             return folder
         say(f"{problem}; the checkpoint before it is used")
     return None
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    """The checkpoints from the oldest to the newest; their names grow longer after a million steps."""
+    return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -156,13 +170,11 @@ def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 class Checkpointer:
     """An observer that saves: by time or steps, at a new best, when asked to stop, and at the end. Stands last.
 
-    ``best`` names the metric to watch, ``-name`` where larger is worse is spelled ``name`` for losses: a name that
-    ends in ``loss`` or ``perplexity`` is better when smaller.
+    ``best`` names the metric to watch. Smaller is better for a name that ends in ``loss`` or ``perplexity`` and for
+    one with a minus in front; else larger is.
     """
 
-    def __init__(
-        self, checkpoints: Path, state: RunState, *, every: str | int, keep: int, best: str | None
-    ) -> None:
+    def __init__(self, checkpoints: Path, state: RunState, *, every: str | int, keep: int, best: str | None) -> None:
         self._folder, self._state, self._keep = checkpoints, state, keep
         self._unit, self._interval = parse_interval(every)
         self._last_time = time.monotonic()
@@ -202,19 +214,20 @@ class Checkpointer:
         self.best_step, self.best_value = state["best_step"], state["best_value"]
 
     def _improved(self, progress: Progress) -> bool:
-        value = progress.metrics.get(self._best_metric or "")
+        metric = self._best_metric or ""
+        value = progress.metrics.get(metric.removeprefix("-"))
         if value is None or value != value:
             return False
-        lower = (self._best_metric or "").endswith(("loss", "perplexity"))
+        lower = metric.startswith("-") or metric.endswith(("loss", "perplexity"))
         if self.best_value is not None and (value >= self.best_value if lower else value <= self.best_value):
             return False
         self.best_step, self.best_value = progress.step, value
         return True
 
     def _prune(self) -> None:
-        folders = sorted(self._folder.glob("step-*"))
-        for folder in folders[: -self._keep]:
-            if folder != self.path(self.best_step or -1):
+        best = None if self.best_step is None else self.path(self.best_step)
+        for folder in _by_step(self._folder)[: -self._keep]:
+            if folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

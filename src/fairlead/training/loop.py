@@ -124,9 +124,7 @@ def total_counts(batches: Sequence[TokenBatch]) -> dict[str, float]:
     return counts
 
 
-def _loss(
-    models: Models, each: Pass, batch: TokenBatch, counts: Mapping[str, float]
-) -> tuple[torch.Tensor, Metrics]:
+def _loss(models: Models, each: Pass, batch: TokenBatch, counts: Mapping[str, float]) -> tuple[torch.Tensor, Metrics]:
     """One pass's share of the loss of the whole batch, and what it measured."""
     outputs = models(batch, each.needs, each.temperature)
     metrics: Metrics = {}

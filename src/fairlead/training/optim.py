@@ -61,12 +61,13 @@ class Optimizer:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         by_name = dict(zip(self._names, self._parameters, strict=True))
-        state: dict[nn.Parameter, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, field = key.rpartition("|")
             parameter = by_name[name]
-            state.setdefault(parameter, {})[field] = value if field == "step" else value.to(parameter.device)
-        self._torch.state.update(state)
+            held = value.to(parameter.device)
+            if value.shape == parameter.shape:  # fused steps walk both side by side: the same strides
+                held = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            self._torch.state[parameter][field] = held
 
 
 def learning_rate_factor(step: int, num_steps: int, *, schedule: str, warmup_steps: int, floor: float) -> float:

@@ -1,0 +1,220 @@
+"""The command line: verbs only. Each verb hands its arguments to one function; stdout is data, stderr is messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fairlead.errors import FairleadError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Takes a language model and preferences and returns an aligned model.",
+)
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings, for example seed=1")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a recipe file or the name of a shipped recipe")],
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one stage; an unfinished run of the same recipe is continued."""
+    from fairlead.runner import resolve, run_stage
+
+    resolved = resolve(recipe, settings or [])
+    if dry_run:
+        _print_resolved(resolved, as_json)
+        return
+    result = run_stage(resolved)
+    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="the directory of an unfinished run")], as_json: AsJson = False) -> None:
+    """Continue an unfinished run from its last checkpoint."""
+    from fairlead.config import read_mapping
+    from fairlead.runner import resolve, run_stage
+    from fairlead.tracking import RunDirectory
+
+    recipe, _ = read_mapping(RunDirectory.open(run).recipe)
+    result = run_stage(resolve(recipe), folder=run)
+    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="hh-rlhf or stack-exchange")],
+    source: Annotated[Path, typer.Argument(help="the published file or folder")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    text: Annotated[Path | None, typer.Option(help="plain text for pretraining: a file or folder")] = None,
+    seed: int = 0,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn raw data as its owners publish it into records, split by prompt, with every dropped row counted."""
+    from fairlead.config import parse_override
+    from fairlead.data.prepare import prepare as run
+
+    options = dict(parse_override(setting) for setting in settings or [])
+    manifest = run(kind, source, out, text=text, seed=seed, **options)
+    counts = manifest["counts"]
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items())
+    _print(manifest, as_json, f"{out}: {counts['read']} read, {counts['kept']} kept; dropped: {dropped or 'none'}")
+
+
+@app.command()
+def pipeline(
+    file: Annotated[str, typer.Argument(help="a pipeline file or the name of a shipped one")],
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved stages and stop")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run stages in order; a finished stage whose inputs are unchanged is skipped."""
+    from fairlead import pipeline as room
+
+    if dry_run:
+        stages = [{"stage": name, "verb": verb, "settings": given} for name, verb, given in room.plan(file, settings or [])]
+        text = "\n".join(f"{s['stage']}: {s['verb']}\n" + _indented(s["settings"]) for s in stages)
+        _print({"stages": stages}, as_json, text)
+        return
+    summary = room.run_pipeline(file, settings or [])
+    _print(summary, as_json, f"finished in {summary['seconds']:.0f} s")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="finished runs")],
+    prompts: Annotated[str | None, typer.Option(help="prompts: a file or a prepared folder")] = None,
+    pairs: Annotated[str | None, typer.Option(help="preference pairs for runs that score")] = None,
+    demonstrations: Annotated[str | None, typer.Option(help="demonstrations for perplexity")] = None,
+    score: Annotated[list[str] | None, typer.Option(help="NAME=RUN or NAME=module:function; may be repeated")] = None,
+    reference: Annotated[Path | None, typer.Option(help="the run that KL and win rate are taken against")] = None,
+    draws: int = 1,
+    num_prompts: int = 64,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure runs on held-out data, with bootstrap intervals; written into each run's evaluation/."""
+    from fairlead.evaluation import evaluate as run
+
+    result = run(
+        runs,
+        prompts=prompts,
+        pairs=pairs,
+        demonstrations=demonstrations,
+        scores=dict(_named(text) for text in score or []),
+        reference=reference,
+        draws=draws,
+        num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    if as_json:
+        _print(result, True, "")
+    else:
+        print_table(result)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or the folder of a pipeline")],
+    out: Annotated[Path | None, typer.Option(help="the file to write")] = None,
+    before: Annotated[str | None, typer.Option(help="the run on the left of the before/after table")] = None,
+) -> None:
+    """Write one self-contained report.html about runs."""
+    from fairlead.report import build_report
+
+    print(build_report(runs, out or runs[0] / "report.html", before=before))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to work in")] = Path("runs/demo"),
+    seed: int = 0,
+    seeds: Annotated[int, typer.Option(help="repeat over this many seeds and test the gain")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole chain offline on a miniature question-and-answer site whose true quality is known."""
+    from fairlead.demo.run import run_demo, run_seeds
+
+    summary = run_demo(out, seed=seed) if seeds == 1 else run_seeds(out, seeds=seeds)
+    if as_json:
+        _print(summary, True, "")
+
+
+def print_table(models: dict[str, Any]) -> None:
+    """Metrics of several models, a row a model, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for metrics in models.values() for name in metrics))
+    table = Table("", *names)
+    for model, metrics in models.items():
+        table.add_row(model, *(_cell(metrics.get(name)) for name in names))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(metric: dict[str, Any] | None) -> str:
+    if not metric or metric["mean"] is None:
+        return ""
+    if metric.get("low") is None:
+        return f"{metric['mean']:.3g}"
+    return f"{metric['mean']:.3g} [{metric['low']:.3g}, {metric['high']:.3g}]"
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r}: write NAME=RUN or NAME=module:function")
+    return name, value
+
+
+def _print(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=2, default=str) if as_json else text)
+
+
+def _indented(settings: dict[str, Any]) -> str:
+    return "".join(f"  {key}: {value}\n" for key, value in settings.items())
+
+
+def _print_resolved(resolved: Any, as_json: bool) -> None:
+    from fairlead.config import flatten
+
+    flat = flatten(resolved.as_dict())
+    if as_json:
+        _print({key: {"value": value, "from": resolved.origins.get(key, "default")} for key, value in flat.items()}, True, "")
+        return
+    width = max(len(f"{key}: {value}") for key, value in flat.items() if len(f"{key}: {value}") < 60)
+    for key, value in flat.items():
+        print(f"{f'{key}: {value}':<{width}}  # {resolved.origins.get(key, 'default')}")
+    for warning in resolved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and an exit code of its own, never a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except FairleadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("error: stopped at once; the run continues from its last checkpoint by the same command", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,7 @@
+"""Measures finished runs: held-out metrics with intervals, comparison with a reference, cross-validation."""
+
+from fairlead.evaluation.crossval import cross_validate
+from fairlead.evaluation.evaluate import evaluate
+from fairlead.evaluation.metrics import Estimate
+
+__all__ = ["Estimate", "cross_validate", "evaluate"]

@@ -1,0 +1,208 @@
+"""Laws that hold whatever the data: what each algorithm's loss and gradient must be at known points."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from fairlead.algorithms import dpo, ppo, reward, sft
+from fairlead.algorithms.terms import nll
+from fairlead.data.pack import by_response, preference_batch, rollout_batch, token_batch
+from fairlead.data.render import Tree
+from fairlead.ops.returns import gae
+from fairlead.rollout.experience import Experience, measure_tokens
+from fairlead.training.loop import backward, total_counts
+from fairlead.types import Pass, Term
+from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
+
+PAIRS = [
+    Tree((5, 6, 7), ((8, 9, 1), (8, 4, 5, 6, 1))),
+    Tree(tuple(range(3, 14)), ((20, 21, 22, 1), tuple(range(30, 41)))),
+    Tree((9, 9), ((4, 1), (7, 7, 7, 1))),
+    Tree((10, 11, 12, 13), ((14, 15, 1), (16, 1))),
+]
+
+
+def _pairs(trees, reference, *, packed: bool):
+    return preference_batch(trees, packed=packed, pad_id=0, reference_logprobs=reference)
+
+
+def _reference(made, trees) -> torch.Tensor:
+    batch = _pairs(trees, None, packed=True)
+    with torch.no_grad(), made.use("reference"):
+        return dpo.sequence_logprobs(made(batch, frozenset({"logprobs"})), batch).view(-1, 2)
+
+
+def test_dpo_starts_at_log_two_with_no_reward() -> None:
+    made = models(("policy", "reference"))
+    metrics = backward(made, dpo.passes(dpo.Settings()), [_pairs(PAIRS, _reference(made, PAIRS), packed=True)])
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_reward_models_loss_is_log_two_when_both_answers_are_alike() -> None:
+    made = models(("reward",))
+    batch = _pairs([Tree((5, 6), ((7, 1), (7, 1)))], None, packed=True)
+    metrics = backward(made, reward.passes(reward.Settings()), [batch])
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards/accuracies"] == 0.5
+
+
+def test_the_sft_loss_is_that_of_transformers_on_the_same_rows() -> None:
+    made = models(("policy",))
+    batch = token_batch(separate(TREES), packed=True, pad_id=0)
+    got = backward(made, sft.passes(sft.Settings()), [batch])["loss"]
+    plain, total, count = base().model, 0.0, 0
+    plain.set_attn_implementation("eager")
+    for tree in separate(TREES):
+        ids = torch.tensor([[*tree.prompt, *tree.responses[0]]])
+        labels = ids.clone()
+        labels[0, : len(tree.prompt)] = -100
+        counted = int((labels[0, 1:] != -100).sum())
+        total += float(plain(ids, labels=labels).loss) * counted
+        count += counted
+    assert got == pytest.approx(total / count, abs=1e-5)
+
+
+def test_kl_to_a_reference_that_is_the_policy_is_zero() -> None:
+    made = models(("policy", "reference", "value"))
+    tokens = measure_tokens(made, separate(TREES), temperature=0.7, budget=64)
+    for policy, reference in zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True):
+        torch.testing.assert_close(policy, reference, atol=1e-6, rtol=0)
+
+
+def test_gae_with_lambda_one_is_returns_minus_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    lengths = torch.tensor([6, 1, 4])
+    inside = torch.arange(6)[None] < lengths[:, None]
+    advantages, _ = gae(rewards, values, lengths, gamma=0.9, gae_lambda=1.0)
+    for s, length in enumerate(lengths.tolist()):
+        for t in range(length):
+            discounted = sum(0.9 ** (k - t) * float(rewards[s, k]) for k in range(t, length))
+            assert float(advantages[s, t]) == pytest.approx(discounted - float(values[s, t]), abs=1e-12)
+    assert float(advantages[~inside].abs().sum()) == 0
+
+
+def _experience(made, trees) -> Experience:
+    tokens = measure_tokens(made, trees, temperature=1.0, budget=4096)
+    tokens["sampled_logprobs"] = tokens["behaviour_logprobs"]
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.5][: len(trees)])
+    return Experience(list(trees), tokens, scores, torch.ones(len(trees), dtype=torch.bool))
+
+
+def _rollouts(trees, tokens, sequences, *, packed: bool):
+    return rollout_batch(trees, tokens, sequences, packed=packed, pad_id=0)
+
+
+def test_ppo_at_ratio_one_has_the_gradient_of_the_policy_gradient() -> None:
+    settings = ppo.Settings(value_coef=0.0)
+    made = models(("policy", "reference", "value"))
+    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
+    tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
+    metrics = backward(made, ppo.passes(settings), [_rollouts(trees, tokens, sequences, packed=True)])
+    got = gradients(made)
+    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["policy/clip_fraction"] == 0
+    plain = models(("policy", "reference", "value"))
+    batch = token_batch(trees, packed=True, pad_id=0)
+    with plain.use("policy"):
+        rows = by_response(plain(batch, frozenset({"logprobs"})).logprobs, batch)
+    loss = -sum((a * row).sum() for a, row in zip(tokens["advantages"], rows, strict=True))
+    (loss / sum(len(row) for row in rows)).backward()
+    wanted = gradients(plain)
+    assert relative_error({n: got[n] for n in wanted if "heads" not in n}, {n: g for n, g in wanted.items() if "heads" not in n}) < 1e-5
+
+
+@pytest.mark.parametrize("own_adapter", [False, True])
+def test_one_trunk_means_one_forward_an_update(own_adapter: bool) -> None:
+    settings = ppo.Settings(value=ppo.ValueSettings(adapter=own_adapter))
+    trunk = "adapter" if own_adapter else "shared"
+    made = models(("policy", "reference", "value"), lora=True, value_trunk=trunk)
+    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
+    tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
+    batch = _rollouts(trees, tokens, sequences, packed=True)
+    forwards: list[int] = []
+    hook = made.causal.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    backward(made, ppo.passes(settings), [batch])
+    hook.remove()
+    assert len(forwards) == (2 if own_adapter else 1)
+
+
+def _split(items, parts: int):
+    return [items[i::parts] for i in range(parts)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mix_of_units_has_the_same_gradient_however_it_is_split(parts: int, packed: bool) -> None:
+    def run(groups, packed: bool):
+        made = models(("policy", "reference"), dtype=torch.float64, architecture="opt")
+        reference = _reference(made, PAIRS)
+        scatter(made, 0.05)
+        batches = [_pairs([PAIRS[i] for i in g], reference[g], packed=packed) for g in groups]
+        metrics = backward(made, dpo.passes(dpo.Settings(sft_weight=0.7)), batches)
+        return gradients(made), metrics
+
+    wanted, whole = run([[0, 1, 2, 3]], True)
+    got, split = run(_split([0, 1, 2, 3], parts), packed)
+    assert relative_error(got, wanted) < 1e-12
+    assert split == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("packed", [True, False])
+def test_ppos_gradient_is_the_same_however_the_minibatch_is_split(parts: int, packed: bool) -> None:
+    settings = ppo.Settings(value_coef=0.5)
+    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
+
+    def run(groups, packed: bool):
+        made = models(("policy", "reference", "value"), dtype=torch.float64, architecture="opt")
+        tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
+        scatter(made, 0.05)
+        batches = [
+            _rollouts(
+                [trees[i] for i in g],
+                {n: [rows[i] for i in g] for n, rows in tokens.items()},
+                {n: v[g] for n, v in sequences.items()},
+                packed=packed,
+            )
+            for g in groups
+        ]
+        backward(made, ppo.passes(settings), batches)
+        return gradients(made)
+
+    assert relative_error(run(_split([0, 1, 2, 3], parts), packed), run([[0, 1, 2, 3]], True)) < 1e-12
+
+
+def test_each_term_is_divided_by_the_global_count_of_its_own_unit() -> None:
+    made = models(("policy",))
+    batches = [_pairs(PAIRS[:1], None, packed=True), _pairs(PAIRS[1:], None, packed=True)]
+    assert total_counts(batches) == {"token": 34.0, "sequence": 8.0, "pair": 4.0, "chosen_token": 12.0}
+    terms = (Term("a", "token", nll), Term("b", "sequence", partial(nll), 2.0))
+    metrics = backward(made, (Pass("policy", terms, frozenset({"logprobs"})),), batches)
+    total = metrics["loss/a"] * 34
+    assert metrics["loss"] == pytest.approx(total / 34 + 2 * total / 8, rel=1e-6)
+
+
+def test_shaped_rewards_of_a_round_hold_the_kl_and_the_score_at_the_last_token() -> None:
+    trees = [Tree((5,), ((6, 7, 1),)), Tree((5,), ((8, 9),))]
+    tokens = {
+        "behaviour_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.0])],
+        "reference_logprobs": [torch.tensor([-1.5, -1.0, -0.5]), torch.tensor([-3.0, -1.0])],
+        "values": [torch.zeros(3), torch.zeros(2)],
+        "sampled_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.25])],
+    }
+    experience = Experience(trees, tokens, torch.tensor([2.0, 1.0]), torch.tensor([True, False]))
+    settings = ppo.Settings(kl_coef=0.1, gae_lambda=1.0, whiten_advantages=False, missing_eos_penalty=0.5)
+    ragged, _, metrics = ppo.advantages(experience, settings)
+    # rewards: [-0.05, +0.10, 2.0] and [-0.2, 0.5]; with zero values the advantage is the sum of what follows
+    torch.testing.assert_close(ragged["advantages"][0], torch.tensor([2.05, 2.10, 2.00]))
+    torch.testing.assert_close(ragged["advantages"][1], torch.tensor([0.30, 0.50]))
+    assert metrics["objective/kl"] == pytest.approx((-0.5 + 2.0) / 2)
+    assert metrics["objective/scores"] == 1.5
+    assert metrics["rollout/finished"] == 0.5
+    assert metrics["rollout/sampler_difference"] == 0.25

@@ -1,0 +1,247 @@
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fairlead.data.pack import by_response, micro_batches, pack_text, preference_batch, rollout_batch, token_batch
+from fairlead.data.render import Tree
+from fairlead.types import TokenBatch
+
+FOREST = [
+    Tree((10, 11), ((20, 21), (30,))),  # a prompt shared by two responses
+    Tree((), ((40, 41, 42),)),  # a text
+    Tree((50,), ((60,),)),  # a prompt and its one response
+]
+PAD = 99
+FIELDS = ("input_ids", "position_ids", "subtree_end", "previous", "loss_mask", "sequence_ids", "sequence_ends")
+
+
+def columns(batch: TokenBatch) -> dict[str, Any]:
+    return {name: getattr(batch, name).tolist() for name in FIELDS}
+
+
+def test_a_packed_forest_by_hand() -> None:
+    batch = token_batch(FOREST, packed=True, pad_id=PAD)
+    assert columns(batch) == {
+        # index            0   1   2   3   4   5   6   7   8   9
+        "input_ids": [[10, 11, 20, 21, 30, 40, 41, 42, 50, 60]],
+        "position_ids": [[0, 1, 2, 3, 2, 0, 1, 2, 0, 1]],
+        "subtree_end": [[5, 5, 4, 4, 5, 8, 8, 8, 10, 10]],
+        "previous": [[-1, 0, 1, 2, 1, -1, 5, 6, -1, 8]],
+        "loss_mask": [[False, False, True, True, True, False, True, True, False, True]],
+        "sequence_ids": [[-1, -1, 0, 0, 1, 2, 2, 2, 3, 3]],
+        "sequence_ends": [3, 4, 7, 9],
+    }
+    assert batch.counts == {"token": 6.0, "sequence": 4.0}
+    assert (batch.num_sequences, batch.num_tokens) == (4, 10)
+
+
+def test_a_padded_forest_by_hand() -> None:
+    batch = token_batch(FOREST, packed=False, pad_id=PAD)
+    assert columns(batch) == {
+        "input_ids": [[10, 11, 20, 21, 30], [40, 41, 42, PAD, PAD], [50, 60, PAD, PAD, PAD]],
+        "position_ids": [[0, 1, 2, 3, 2], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]],
+        "subtree_end": [[5, 5, 4, 4, 5], [3, 3, 3, 0, 0], [2, 2, 0, 0, 0]],
+        "previous": [[-1, 0, 1, 2, 1], [-1, 0, 1, -1, -1], [-1, 0, -1, -1, -1]],
+        "loss_mask": [
+            [False, False, True, True, True],
+            [False, True, True, False, False],
+            [False, True, False, False, False],
+        ],
+        "sequence_ids": [[-1, -1, 0, 0, 1], [2, 2, 2, -1, -1], [3, 3, -1, -1, -1]],
+        "sequence_ends": [3, 4, 7, 11],
+    }
+    assert batch.counts == {"token": 6.0, "sequence": 4.0}
+    assert (batch.num_sequences, batch.num_tokens) == (4, 10)
+
+
+def test_the_types_are_those_a_model_takes() -> None:
+    batch = token_batch(FOREST, packed=True, pad_id=PAD)
+    dtypes = {name: getattr(batch, name).dtype for name in FIELDS}
+    assert dtypes.pop("loss_mask") == torch.bool
+    assert set(dtypes.values()) == {torch.int64}
+
+
+tokens = st.integers(1, 50)
+runs = st.lists(tokens, min_size=1, max_size=4).map(tuple)
+trees = st.builds(Tree, st.lists(tokens, max_size=3).map(tuple), st.lists(runs, min_size=1, max_size=3).map(tuple))
+
+
+@settings(deadline=None)
+@given(st.lists(trees, min_size=1, max_size=4), st.booleans())
+def test_a_token_sees_itself_and_what_it_continues_and_nothing_else(forest: list[Tree], packed: bool) -> None:
+    """What a token continues is found by walking back from token to token."""
+    batch = token_batch(forest, packed=packed, pad_id=PAD)
+    for previous, subtree_end, position in zip(
+        batch.previous.tolist(), batch.subtree_end.tolist(), batch.position_ids.tolist(), strict=True
+    ):
+        for i in range(len(previous)):
+            path, at = [], i
+            while at >= 0 and subtree_end[i]:
+                path.append(at)
+                at = previous[at]
+            assert [j for j in range(i + 1) if i < subtree_end[j]] == path[::-1]
+            assert position[i] == max(0, len(path) - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(trees, min_size=1, max_size=4), st.booleans())
+def test_every_response_can_be_read_back_and_only_a_token_with_a_predecessor_counts(
+    forest: list[Tree], packed: bool
+) -> None:
+    batch = token_batch(forest, packed=packed, pad_id=PAD)
+    responses = [(tree.prompt, response) for tree in forest for response in tree.responses]
+    assert batch.num_sequences == len(responses)
+    assert batch.num_tokens == sum(tree.num_tokens for tree in forest)
+    assert not (batch.loss_mask & (batch.previous < 0)).any()
+    flat_ids, flat_owner = batch.input_ids.flatten(), batch.sequence_ids.flatten()
+    for number, (prompt, response) in enumerate(responses):
+        whole = flat_ids[flat_owner == number].tolist()
+        assert whole[-len(response) :] == list(response)
+        assert whole[: -len(response)] in ([], list(prompt))
+        end = int(batch.sequence_ends[number])
+        assert (flat_ids[end].item(), flat_owner[end].item()) == (response[-1], number)
+    counted = [row.tolist() for row in by_response(batch.input_ids, batch)]
+    assert counted == [list(response if prompt else response[1:]) for prompt, response in responses]
+    assert batch.counts == {"token": float(sum(map(len, counted))), "sequence": float(len(responses))}
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------
+
+PAIRS = [Tree((1,), ((2, 3), (4,))), Tree((5, 6), ((7,), (8, 9, 10)))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_response_of_a_pair_is_the_chosen_one(packed: bool) -> None:
+    batch = preference_batch(PAIRS, packed=packed, pad_id=PAD)
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 2], [1, 3])
+    assert batch.input_ids.flatten()[batch.sequence_ends].tolist() == [3, 4, 7, 10]
+    assert batch.counts == {"token": 7.0, "sequence": 4.0, "pair": 2.0, "chosen_token": 3.0}
+    assert (batch.margin, batch.reference_logprobs) == (None, None)
+
+
+def test_reference_log_probabilities_of_pairs_become_those_of_sequences() -> None:
+    reference = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    batch = preference_batch(PAIRS, packed=True, pad_id=PAD, reference_logprobs=reference)
+    assert batch.reference_logprobs is not None
+    assert batch.reference_logprobs[batch.chosen].tolist() == [-1.0, -3.0]
+    assert batch.reference_logprobs[batch.rejected].tolist() == [-2.0, -4.0]
+
+
+@pytest.mark.parametrize(
+    ("margins", "wanted"),
+    [
+        (None, None),
+        ([None, None], None),
+        ([0.5, None], [0.5, 0.0]),
+        ([1.0, -2.0], [1.0, -2.0]),
+        ([0.0, None], [0.0, 0.0]),
+    ],
+)
+def test_a_pair_without_a_margin_beside_one_with_it_has_margin_zero(
+    margins: Sequence[float | None] | None, wanted: list[float] | None
+) -> None:
+    batch = preference_batch(PAIRS, packed=True, pad_id=PAD, margins=margins)
+    assert (None if batch.margin is None else batch.margin.tolist()) == wanted
+
+
+# --- rollouts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_per_token_tensors_of_rollouts_stand_at_their_tokens_and_come_back(packed: bool) -> None:
+    forest = [Tree((1, 2), ((3, 4, 5),)), Tree((6,), ((7,),)), Tree((8,), ((9, 10),))]
+    names = ("behaviour_logprobs", "reference_logprobs", "values", "advantages", "returns")
+    given_tokens: dict[str, Sequence[Tensor]] = {
+        name: [torch.tensor([float(t * 10**k) for t in tree.responses[0]]) for tree in forest]
+        for k, name in enumerate(names)
+    }
+    scores, finished = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([True, False, True])
+    batch = rollout_batch(forest, given_tokens, {"scores": scores, "finished": finished}, packed=packed, pad_id=PAD)
+    assert batch.scores is scores
+    assert batch.finished is finished
+    for k, name in enumerate(names):
+        spread: Tensor = getattr(batch, name)
+        assert torch.equal(spread, batch.input_ids * batch.loss_mask * 10.0**k)
+        for given_row, row in zip(given_tokens[name], by_response(spread, batch), strict=True):
+            assert torch.equal(given_row, row)
+
+
+# --- rows of text --------------------------------------------------------------------------------------------------
+
+
+def text(*ids: int) -> Tree:
+    return Tree((), (ids,))
+
+
+def test_texts_are_laid_end_to_end_and_cut_into_full_rows() -> None:
+    rows = pack_text([text(1, 2), text(3, 4, 5, 6, 7, 8, 9), text(10), text(11, 12, 13)], 4)
+    assert rows == [
+        [text(1, 2), text(3, 4)],
+        [text(5, 6, 7, 8)],
+        [text(9), text(10), text(11, 12)],
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=8), st.integers(1, 7))
+def test_rows_of_text_are_exactly_full_and_lose_the_remainder_alone(lengths: list[int], length: int) -> None:
+    numbers = iter(range(1000))
+    texts = [text(*(next(numbers) for _ in range(size))) for size in lengths]
+    rows = pack_text(texts, length)
+    assert len(rows) == sum(lengths) // length
+    flat = [[token for piece in row for token in piece.responses[0]] for row in rows]
+    assert all(len(row) == length for row in flat)
+    assert [token for row in flat for token in row] == list(range(len(rows) * length))
+    assert all(piece.num_tokens > 0 for row in rows for piece in row)
+
+
+def test_pieces_of_different_texts_do_not_see_each_other() -> None:
+    (row,) = pack_text([text(1, 2), text(3, 4)], 4)
+    batch = token_batch(row, packed=True, pad_id=PAD)
+    assert batch.subtree_end.tolist() == [[2, 2, 4, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert batch.loss_mask.tolist() == [[False, True, False, True]]
+
+
+# --- micro-batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "packed", "groups"),
+    [
+        ([3, 4, 3, 1], True, [[0, 1, 2], [3]]),  # 10 fits
+        ([3, 4, 4, 1], True, [[0, 1], [2, 3]]),
+        ([3, 4, 3, 1], False, [[0, 1], [2, 3]]),  # three rows of 4 would be 12
+        ([2, 2, 2, 2, 2, 2], False, [[0, 1, 2, 3, 4], [5]]),
+        ([1, 1, 9, 1], False, [[0, 1], [2], [3]]),  # the long row would widen the others
+        ([1, 1, 8, 1], True, [[0, 1, 2], [3]]),
+        ([4, 99, 4], True, [[0], [1], [2]]),
+        ([4, 99, 4], False, [[0], [1], [2]]),
+        ([99], True, [[0]]),
+        ([], True, []),
+    ],
+)
+def test_micro_batches_of_ten_tokens(sizes: list[int], packed: bool, groups: list[list[int]]) -> None:
+    assert micro_batches(sizes, 10, packed=packed) == groups
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 15), max_size=12), st.integers(1, 20), st.booleans())
+def test_micro_batches_hold_every_item_once_in_order_within_the_budget_and_no_fewer_than_fit(
+    sizes: list[int], budget: int, packed: bool
+) -> None:
+    def cost(group: Sequence[int]) -> int:
+        chosen = [sizes[i] for i in group]
+        return sum(chosen) if packed else len(chosen) * max(chosen)
+
+    groups = micro_batches(sizes, budget, packed=packed)
+    assert [i for group in groups for i in group] == list(range(len(sizes)))
+    for group in groups:
+        assert cost(group) <= budget or len(group) == 1
+        if group[-1] + 1 < len(sizes):
+            assert cost([*group, group[-1] + 1]) > budget

@@ -1,0 +1,298 @@
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fairlead.data.records import RecordType, load_records, parse_record, prompt_key, split_records
+from fairlead.data.sources import Row
+from fairlead.errors import DataError
+from fairlead.types import Demonstration, Message, Preference, Prompt, Text
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+TALK: list[Message] = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Bye")]
+HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"
+
+
+def written(path: Path, *rows: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+# --- forms of rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "wanted"),
+    [
+        ({"text": " a\n", "id": 3}, Text, Text(" a\n")),
+        ({"prompt": "q", "response": "a"}, Demonstration, Demonstration("q", "a")),
+        ({"prompt": "q", "completion": "a"}, Demonstration, Demonstration("q", "a")),
+        ({"question": "q", "answer": "a"}, Demonstration, Demonstration("q", "a")),
+        ({"prompt": TALK, "response": "a"}, Demonstration, Demonstration(tuple(TALK), "a")),
+        ({"prompt": [user("q")], "response": [assistant("a")]}, Demonstration, Demonstration((user("q"),), "a")),
+        ({"messages": [*TALK, assistant("a")]}, Demonstration, Demonstration(tuple(TALK), "a")),
+        ({"prompt": "q", "chosen": "c", "rejected": "r"}, Preference, Preference("q", "c", "r")),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "margin": 2}, Preference, Preference("q", "c", "r", 2.0)),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "margin": None}, Preference, Preference("q", "c", "r")),
+        ({"question": "q", "response_j": "c", "response_k": "r"}, Preference, Preference("q", "c", "r")),
+        (
+            {"prompt": "q", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
+            Preference,
+            Preference("q", "c", "r"),
+        ),
+        ({"chosen": f"{HH} c", "rejected": f"{HH} r"}, Preference, Preference(tuple(TALK[1:]), "c", "r")),
+        ({"prompt": "q", "gold": 3, "tag": "x"}, Prompt, Prompt("q", {"gold": 3, "tag": "x"})),
+        ({"question": "q"}, Prompt, Prompt("q")),
+        ({"messages": TALK, "tag": "x"}, Prompt, Prompt(tuple(TALK), {"tag": "x"})),
+    ],
+)
+def test_a_row_is_recognised_by_its_fields(row: dict[str, Any], kind: RecordType, wanted: Any) -> None:
+    record = parse_record(Row(row, "here"), kind)
+    assert record == wanted
+    assert type(record) is kind
+
+
+def test_only_the_fields_of_a_message_are_kept() -> None:
+    row = {"messages": [{**user("q"), "weight": 1}, assistant("a")]}
+    assert parse_record(Row(row, "here"), Demonstration) == Demonstration((user("q"),), "a")
+
+
+def test_a_margin_is_a_float_whatever_number_was_written() -> None:
+    record = parse_record(Row({"prompt": "q", "chosen": "c", "rejected": "r", "margin": 2}, "here"), Preference)
+    assert (record.margin, type(record.margin)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        ({"text": " \n"}, Text, "empty text"),
+        ({"prompt": "q", "response": " \n"}, Demonstration, "empty response"),
+        ({"messages": [user("q"), assistant("")]}, Demonstration, "empty response"),
+        ({"messages": TALK}, Demonstration, "does not end in an assistant turn"),
+        ({"messages": [assistant("a")]}, Demonstration, "does not end in an assistant turn"),
+        ({"prompt": "q", "chosen": "", "rejected": "r"}, Preference, "empty answer"),
+        ({"prompt": "q", "chosen": "c", "rejected": "\t"}, Preference, "empty answer"),
+        ({"prompt": "q", "chosen": "c", "rejected": "c"}, Preference, "chosen equal to rejected"),
+        ({"chosen": f"{HH} c", "rejected": f"{HH} c"}, Preference, "chosen equal to rejected"),
+        ({"chosen": f"{HH} c", "rejected": "\n\nHuman: Other\n\nAssistant: r"}, Preference, "prompts differ"),
+        ({"chosen": f"{HH} c", "rejected": HH}, Preference, "empty answer"),
+        (
+            {"chosen": f"{HH} c\n\nAssistant: d", "rejected": f"{HH} r"},
+            Preference,
+            "two turns of the same role running",
+        ),
+        ({"prompt": " "}, Prompt, "empty prompt"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_dropped_and_counted_by_reason(
+    row: dict[str, Any], kind: RecordType, reason: str
+) -> None:
+    good: dict[RecordType, dict[str, Any]] = {
+        Text: {"text": "t"},
+        Demonstration: {"prompt": "q", "response": "a"},
+        Preference: {"prompt": "q", "chosen": "c", "rejected": "r"},
+        Prompt: {"prompt": "q"},
+    }
+    records, counts = load_records([row, good[kind], row], kind)
+    assert len(records) == 1
+    assert (counts.read, counts.kept, dict(counts.dropped)) == (3, 1, {reason: 2})
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"txt": "a"}, Text, "lacks the fields of a Text: it has txt\nhint: needed: text"),
+        ({"text": ["a"]}, Text, "text must be text, got list \"['a']\""),
+        ({"text": None}, Text, "text must be text, got NoneType 'None'"),
+        ({"prompt": "q", "chosen": "c"}, Demonstration, "lacks the fields of a Demonstration: it has prompt, chosen\n"),
+        ({"prompt": "q", "response": 3}, Demonstration, "response must be text, got int '3'"),
+        ({"prompt": 3, "response": "a"}, Demonstration, "prompt must be text, got int '3'"),
+        (
+            {"prompt": ["q"], "response": "a"},
+            Demonstration,
+            "prompt holds 'q', which is no message\nhint: a message is",
+        ),
+        ({"prompt": [], "response": "a"}, Demonstration, "prompt must be a list of messages, got '[]'"),
+        ({"prompt": "q", "response": [user("a")]}, Demonstration, "response does not end in an assistant turn"),
+        ({"messages": "q"}, Demonstration, "messages must be a list of messages, got 'q'"),
+        ({"messages": [{"role": "human", "content": "q"}]}, Demonstration, "which is no message"),
+        ({"messages": [{"role": "user", "content": None}]}, Demonstration, "which is no message"),
+        ({"messages": [{"from": "human", "value": "q"}]}, Demonstration, "which is no message"),
+        ({"prompt": "q", "chosen": "c"}, Preference, "lacks the fields of a Preference: it has prompt, chosen\n"),
+        ({"chosen": "c", "rejected": "r"}, Preference, "lacks the fields of a Preference: it has chosen, rejected\n"),
+        ({"chosen": [assistant("c")], "rejected": [assistant("r")]}, Preference, "lacks the fields of a Preference"),
+        ({"prompt": "q", "chosen": "c", "rejected": None}, Preference, "rejected must be text, got NoneType 'None'"),
+        ({}, Prompt, "lacks the fields of a Prompt: it has none\nhint: needed: prompt, question or messages"),
+        ({"prompt": {"text": "q"}}, Prompt, "prompt must be text, got dict"),
+    ],
+)
+def test_a_wrong_row_is_an_error_that_names_its_file_and_line(
+    tmp_path: Path, row: dict[str, Any], kind: RecordType, message: str
+) -> None:
+    blank = "\n"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(blank + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_records(str(path), kind)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("margin", ["2", "true", "[1]", "NaN", "Infinity", "-Infinity", '"nan"'])
+def test_a_margin_that_is_no_number_is_an_error(tmp_path: Path, margin: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "c", "rejected": "r", "margin": %s}\n' % margin)  # noqa: UP031
+    if margin == "2":
+        assert load_records(str(path), Preference)[0][0].margin == 2.0
+        return
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: margin must be a number, got "):
+        load_records(str(path), Preference)
+
+
+def test_rows_in_memory_are_named_by_their_number() -> None:
+    with pytest.raises(DataError, match=r"^row 1: the row lacks the fields of a Text"):
+        load_records([{"text": "a"}, {"txt": "b"}], Text)
+    with pytest.raises(DataError, match=r"^row 1 must be a mapping of fields, got int"):
+        load_records([{"text": "a"}, 3], Text)  # type: ignore[list-item]
+
+
+def test_no_usable_row_is_an_error_that_says_what_was_dropped(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", {"text": ""}, {"text": " "})
+    with pytest.raises(DataError, match=r"no usable row in .*rows\.jsonl: 2 read, dropped \{'empty text': 2\}"):
+        load_records(path, Text)
+
+
+# --- where rows come from ------------------------------------------------------------------------------------------
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a.jsonl", {"text": "1"}), written(tmp_path / "b.jsonl", {"text": "2"}, {"text": "3"})
+    records, counts = load_records((b, a), Text)
+    assert ([record.text for record in records], counts.read) == (["2", "3", "1"], 3)
+
+
+def test_the_limit_counts_usable_records_and_reads_no_further(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"text": ""}, {"text": "1"}, {"text": "2"}, {"text": "3"}, {"oops": "4"})
+    records, counts = load_records(path, Text, limit=2)
+    assert [record.text for record in records] == ["1", "2"]
+    assert (counts.read, counts.kept, dict(counts.dropped)) == (3, 2, {"empty text": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "row"),
+    [
+        (Text, "pretrain.jsonl", {"text": "%s"}),
+        (Demonstration, "sft.jsonl", {"prompt": "%s", "response": "a"}),
+        (Preference, "preference.jsonl", {"prompt": "%s", "chosen": "c", "rejected": "r"}),
+        (Prompt, "prompts.jsonl", {"prompt": "%s"}),
+    ],
+)
+def test_a_prepared_folder_holds_a_file_for_each_kind_of_record(
+    tmp_path: Path, kind: RecordType, name: str, row: Mapping[str, str]
+) -> None:
+    for prefix in ("", "heldout_"):
+        written(
+            tmp_path / f"{prefix}{name}", {key: value.replace("%s", prefix or "main") for key, value in row.items()}
+        )
+    for heldout, wanted in ((False, "main"), (True, "heldout_")):
+        (record,), _ = load_records(str(tmp_path), kind, heldout=heldout)
+        assert prompt_key(record) == wanted
+
+
+def test_a_folder_without_the_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a directory without heldout_sft\.jsonl.*\nhint: give a file"):
+        load_records(str(tmp_path), Demonstration, heldout=True)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "folder/missing.jsonl", "./a/b", "/a/b", "word", "a/b/c"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"does not exist|has no known format"):
+        load_records(name, Text)
+
+
+def test_a_name_of_two_parts_is_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, split, streaming))
+        return [{"text": "1"}, {"txt": "2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_records("owner/name", Text, limit=1)[0] == [Text("1")]
+    with pytest.raises(DataError, match=r"^owner/name test row 1: the row lacks"):
+        load_records("owner/name", Text, heldout=True)
+    assert asked == [("owner/name", "train", True), ("owner/name", "test", True)]
+
+
+def test_a_hub_that_does_not_answer_is_an_error_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, **_: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"owner/name is no local file, .* cannot be read: no network\nhint: check"):
+        load_records("owner/name", Text)
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_land_on_one_side_and_nothing_is_lost() -> None:
+    records = [Preference(f"q{i % 100}", f"c{i}", f"r{i}") for i in range(400)]
+    train, held_out = split_records(records, 0.25, 0)
+    assert sorted([*train, *held_out], key=records.index) == records
+    prompts, held_out_prompts = {r.prompt for r in train}, {r.prompt for r in held_out}
+    assert not prompts & held_out_prompts
+    assert 10 <= len(held_out_prompts) <= 40  # 25 expected, 4.3 standard deviation
+    assert [r for r in records if r in train] == train
+
+
+def test_a_prompt_as_text_and_as_its_one_user_turn_are_equal() -> None:
+    """They become the same tokens, so one must not be evaluated on after training on the other."""
+    both = [Demonstration(f"q{i}", "a") for i in range(60)] + [
+        Demonstration(({"role": "user", "content": f"q{i}"},), "b") for i in range(60)
+    ]
+    train, held_out = split_records(both, 0.5, 0)
+    for side in (train, held_out):
+        assert {prompt_key(r) for r in side if r.response == "a"} == {prompt_key(r) for r in side if r.response == "b"}
+
+
+def test_prompts_of_other_turns_or_roles_differ() -> None:
+    prompts: list[Any] = [
+        "q",
+        ({"role": "system", "content": "q"},),
+        ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
+        ({"role": "user", "content": "q"}, {"role": "user", "content": "a"}),
+        (),
+    ]
+    assert len({prompt_key(Prompt(prompt)) for prompt in prompts}) == len(prompts)
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
+    records = [Prompt(f"q{i}") for i in range(100)]
+    held_out = [{r.prompt for r in split_records(records, 0.3, seed)[1]} for seed in (0, 1)]
+    assert held_out[0] != held_out[1]
+    assert {r.prompt for r in split_records(records[::-1], 0.3, 0)[1]} == held_out[0]
+
+
+def test_a_fraction_that_leaves_one_side_empty_is_an_error() -> None:
+    with pytest.raises(
+        DataError, match=r"data\.eval_fraction=0\.5 of 1 records leaves [01] to train on and [01] to ev"
+    ):
+        split_records([Prompt("q")], 0.5, 0)

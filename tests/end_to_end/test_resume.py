@@ -1,0 +1,100 @@
+"""A run killed at any moment and started again by the same command ends with the bytes of an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.rows import PAIRS, PROMPTS, ROWS, SCRATCH, settings, write
+
+SCRIPT = """
+import json, sys
+import fairlead
+recipe, settings, data, reward = json.loads(sys.argv[1])
+fairlead.train(recipe, settings, data=data, reward=reward)
+"""
+
+
+def _command(algorithm: str, folder: Path, data: Path) -> list[str]:
+    more = {"model.scratch": SCRATCH, "train.steps": 8, "train.save_every": 1, "train.keep_checkpoints": 9}
+    given = settings(algorithm, folder, **more)
+    reward = "tests.end_to_end.slow_reward:score" if algorithm == "ppo" else None
+    return [sys.executable, "-c", SCRIPT, json.dumps([{"algorithm": algorithm}, given, str(data), reward])]
+
+
+def _final(folder: Path) -> dict[str, bytes]:
+    """Weights, optimizer and metrics; wall-clock fields aside."""
+    last = folder / "checkpoints" / "step-000008"
+    files = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("performance/")} for row in rows]
+    files["metrics"] = json.dumps(kept).encode()
+    files["samples"] = (folder / "samples.jsonl").read_bytes() if (folder / "samples.jsonl").exists() else b""
+    for path in sorted((folder / "rollouts").glob("round-*.safetensors")):
+        files[path.name] = path.read_bytes()
+    return files
+
+
+def _kill_when(command: list[str], reached, timeout: float = 120) -> None:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + timeout
+    while not reached():
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def _finish(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
+def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
+    rows = {"ppo": PROMPTS, "dpo": PAIRS}.get(algorithm, ROWS["sft"])
+    data = write(tmp_path / "rows.jsonl", rows)
+    _finish(_command(algorithm, tmp_path / "whole", data))
+    command, run = _command(algorithm, tmp_path / "killed", data), tmp_path / "killed" / algorithm
+    _kill_when(command, lambda: (run / "checkpoints" / "step-000003" / "manifest.json").exists())
+    if algorithm == "ppo":  # once more in the middle of a rollout: a chunk of the second round is sampled
+        _kill_when(command, lambda: (run / "rollouts" / "round-000001" / "chunk-000.json").exists())
+        assert not (run / "rollouts" / "round-000001.json").exists()
+    _finish(command)
+    whole, killed = _final(tmp_path / "whole" / algorithm), _final(run)
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def test_ctrl_c_saves_at_the_next_step_and_the_same_command_continues(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", PROMPTS)
+    command, run = _command("ppo", tmp_path, data), tmp_path / "ppo"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    while not (run / "checkpoints" / "step-000001" / "manifest.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert "Interrupted: stopped by SIGINT after step" in stderr
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert not list((run / "checkpoints").glob(".writing-*"))
+    _finish(command)
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_run_does_not_continue_with_another_content_of_its_data(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS["sft"])
+    command, run = _command("sft", tmp_path, data), tmp_path / "sft"
+    _kill_when(command, lambda: (run / "checkpoints" / "step-000001" / "manifest.json").exists())
+    write(data, ROWS["sft"][:-1])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode != 0
+    assert "begun with another content of data.path" in done.stderr

@@ -1,0 +1,73 @@
+"""What is saved loads in plain transformers and peft, and gives the same log-probabilities and scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fairlead.data.pack import by_response, token_batch
+from fairlead.models.export import save_model
+from fairlead.models.load import load_causal
+from tests.tiny import TREES, base, models, scatter, separate
+
+
+def _logprobs(made) -> list[torch.Tensor]:
+    batch = token_batch(TREES, packed=True, pad_id=0)
+    with torch.no_grad(), made.use("policy"):
+        return by_response(made(batch, frozenset({"logprobs"})).logprobs, batch)
+
+
+def _plain_logprobs(model, tree) -> torch.Tensor:
+    ids = torch.tensor([[*tree.prompt, *tree.responses[0]]])
+    with torch.no_grad():
+        logprobs = model(ids).logits.float().log_softmax(-1)[0, :-1]
+    return logprobs.gather(1, ids[0, 1:, None])[:, 0][max(len(tree.prompt) - 1, 0) :]
+
+
+def test_a_fully_trained_policy_loads_in_transformers_with_the_same_logprobs(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = models(("policy", "value"))
+    scatter(made)
+    save_model(made, tmp_path / "model", template="hh")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for tree, got in zip(separate(TREES), _logprobs(made), strict=True):
+        torch.testing.assert_close(got, _plain_logprobs(loaded, tree), atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<eos>"
+    assert (tmp_path / "model" / "value_head.safetensors").is_file()
+
+
+def test_an_adapter_loads_in_peft_on_its_base_and_merged_through_our_loader(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    start = base()
+    start.model.config._attn_implementation = "sdpa"
+    start.model.save_pretrained(tmp_path / "base")
+    made = models(("policy", "reference"), lora=True)
+    made.network.peft_config["policy"].base_model_name_or_path = str(tmp_path / "base")
+    save_model(made, tmp_path / "model", template="plain")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "model")
+    merged = load_causal(str(tmp_path / "model"), torch.float32)
+    for tree, got in zip(separate(TREES), _logprobs(made), strict=True):
+        torch.testing.assert_close(got, _plain_logprobs(adapted, tree), atol=1e-5, rtol=0)
+        torch.testing.assert_close(got, _plain_logprobs(merged, tree), atol=1e-5, rtol=0)
+
+
+def test_a_reward_model_loads_as_a_sequence_classifier_with_its_head(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    for lora in (False, True):
+        made = models(("reward",), lora=lora)
+        scatter(made)
+        batch = token_batch(TREES[:2], packed=True, pad_id=0)
+        with torch.no_grad(), made.use("reward"):
+            wanted = made(batch, frozenset({"scores"})).scores
+        folder = tmp_path / str(lora)
+        save_model(made, folder, template="plain")
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        rows = [[*tree.prompt, *tree.responses[0]] for tree in separate(TREES[:2])]
+        with torch.no_grad():
+            got = torch.stack([loaded(torch.tensor([row])).logits[0, 0] for row in rows])
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)

@@ -1,0 +1,92 @@
+"""Rows that share prompts and are packed give the gradients of separate padded rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fairlead.data.pack import by_response, token_batch
+from fairlead.models.attention import FAMILIES, Forest, dense_mask, forest_attention
+from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
+
+NEEDS = frozenset({"logprobs", "entropy", "values"})
+KEEPS_DTYPE = {"opt", "gpt2", "gpt_neox", "phi"}
+"""Families without a norm that casts to fp32: their fp64 gradients agree to rounding."""
+
+
+def _measure(architecture: str, dtype: torch.dtype, *, packed: bool, checkpointing: bool = True, lora: bool = True):
+    made = models(("policy", "value"), architecture=architecture, dtype=dtype, lora=lora,
+                  gradient_checkpointing=checkpointing)  # fmt: skip
+    scatter(made) if lora else scatter_heads(made)
+    batch = token_batch(TREES if packed else separate(TREES), packed=packed, pad_id=0)
+    with made.use("policy"):
+        outputs = made(batch, NEEDS)
+        loss = outputs.logprobs.sum() + 0.3 * outputs.entropy.sum() + (outputs.values**2).sum()
+        loss.backward()
+    return [row.detach() for row in by_response(outputs.logprobs, batch)], gradients(made)
+
+
+def scatter_heads(made) -> None:
+    with torch.no_grad():
+        for parameter in made.heads.parameters():
+            parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_a_forest_under_checkpointing_and_peft_has_the_gradients_of_separate_rows(architecture: str) -> None:
+    logprobs, got = _measure(architecture, torch.float64, packed=True)
+    expected, wanted = _measure(architecture, torch.float64, packed=False)
+    bound = 1e-12 if architecture in KEEPS_DTYPE else 1e-6
+    assert max(float((a - b).abs().max()) for a, b in zip(logprobs, expected, strict=True)) < 1e-6
+    assert relative_error(got, wanted) < bound
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_in_fp32_the_gradients_agree_within_one_in_a_hundred_thousand(architecture: str, lora: bool) -> None:
+    _, got = _measure(architecture, torch.float32, packed=True, lora=lora)
+    _, wanted = _measure(architecture, torch.float32, packed=False, lora=lora)
+    blind = {name for name in wanted if name.endswith("k_proj.bias")}  # softmax cannot see it: rounding alone
+    got, wanted = ({n: g for n, g in side.items() if n not in blind} for side in (got, wanted))
+    assert relative_error(got, wanted) < 1e-5
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    _, with_it = _measure("llama", torch.float32, packed=True, checkpointing=True)
+    _, without = _measure("llama", torch.float32, packed=True, checkpointing=False)
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
+def test_forest_logprobs_are_those_of_plain_transformers_on_each_sequence() -> None:
+    made = models(("policy",), architecture="llama")
+    batch = token_batch(TREES, packed=True, pad_id=0)
+    with torch.no_grad(), made.use("policy"):
+        rows = by_response(made(batch, frozenset({"logprobs"})).logprobs, batch)
+    plain = base("llama").model
+    plain.set_attn_implementation("eager")
+    for tree, got in zip(separate(TREES), rows, strict=True):
+        ids = torch.tensor([[*tree.prompt, *tree.responses[0]]])
+        with torch.no_grad():
+            wanted = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        torch.testing.assert_close(got, wanted[max(len(tree.prompt) - 1, 0) :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_by_segments_equals_the_dense_mask(window: int | None) -> None:
+    batch = token_batch(TREES, packed=True, pad_id=0)
+    width, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, width, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = dense_mask(batch)
+    if window is not None:
+        positions = batch.position_ids[0]
+        mask = mask & (positions[:, None] - positions[None] < window)
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf)
+    wanted = (scores.softmax(-1) @ v).transpose(1, 2)
+    got, _ = forest_attention(torch.nn.Module(), q, k, v, None, sliding_window=window, forest=Forest.of(batch))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_dense_mask_of_a_long_row_is_refused() -> None:
+    batch = token_batch([separate(TREES)[0]] * 400, packed=True, pad_id=0)
+    with pytest.raises(ValueError, match="4096"):
+        dense_mask(batch)

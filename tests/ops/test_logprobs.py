@@ -1,0 +1,209 @@
+"""Against log_softmax of the whole logits, which autograd differentiates by itself."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fairlead.ops import logprobs
+from fairlead.ops.logprobs import token_logprobs
+
+ROWS, WIDTH, VOCABULARY = 7, 4, 11
+
+
+def inputs(dtype: torch.dtype = torch.float64, rows: int = ROWS, vocabulary: int = VOCABULARY) -> tuple[Tensor, ...]:
+    """hidden, weight, bias, targets"""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    return normal(rows, WIDTH), normal(vocabulary, WIDTH), normal(vocabulary), targets
+
+
+def full(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, all logits at once."""
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    logs = (logits / temperature).log_softmax(1)
+    return logs[torch.arange(len(targets)), targets], torch.special.entr(logs.exp()).sum(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 7 * VOCABULARY - 1, 7 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_values_and_gradients_are_those_of_the_whole_log_softmax_wherever_the_chunks_end(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, temperature: float, with_bias: bool, with_entropy: bool
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+    leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
+    given = bias if with_bias else None
+    weights = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+
+    def gradients(values: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+        loss = (weights * values).sum() + ((weights**2 * entropy).sum() if with_entropy else 0)
+        return torch.autograd.grad(loss, leaves)
+
+    wanted = full(hidden, weight, given, targets, temperature)
+    ours = token_logprobs(hidden, weight, targets, bias=given, temperature=temperature, with_entropy=with_entropy)
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours[1], wanted[1] if with_entropy else wanted[1][:0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(*ours), gradients(*wanted), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_are_the_slopes_of_the_values(
+    monkeypatch: pytest.MonkeyPatch, with_entropy: bool, with_bias: bool
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        both = token_logprobs(hidden, weight, targets, bias=bias, temperature=1.3, with_entropy=with_entropy)
+        return both if with_entropy else both[:1]
+
+    assert torch.autograd.gradcheck(call, (hidden, weight, bias) if with_bias else (hidden, weight))
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    hidden, weight, bias, targets = inputs()
+    hidden.requires_grad_(True)
+    token_logprobs(hidden, weight, targets, bias=bias)[0].sum().backward()
+    assert (weight.grad, bias.grad) == (None, None)
+    wanted = torch.autograd.grad(full(hidden, weight, bias, targets, 1.0)[0].sum(), hidden)[0]
+    torch.testing.assert_close(hidden.grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_entropy_and_its_slope_by_hand() -> None:
+    """Logits (0, ln 3): p = (1/4, 3/4), H = ln 4 - 3/4 ln 3, dH/dz_1 = -p_1 (ln p_1 + H) = 3/16 ln 3."""
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    weight.requires_grad_(True)
+    values, entropy = token_logprobs(hidden, weight, torch.tensor([1]), with_entropy=True)
+    assert values.item() == pytest.approx(math.log(3 / 4), abs=1e-15)
+    assert entropy.item() == pytest.approx(math.log(4) - 0.75 * math.log(3), abs=1e-15)
+    gradient = torch.autograd.grad(entropy.sum(), weight)[0]
+    slope = 3 / 16 * math.log(3)
+    torch.testing.assert_close(gradient[:, 0], torch.tensor([slope, -slope], dtype=torch.float64))
+
+
+def test_the_temperature_divides_the_logits_before_the_softmax() -> None:
+    """Logits (0, ln 3) at temperature 1/2 are (0, ln 9): p = (1/10, 9/10)."""
+    weight = torch.tensor([[0.0], [math.log(3)]])
+    values, _ = token_logprobs(torch.ones(2, 1), weight, torch.tensor([0, 1]), temperature=0.5)
+    assert values.exp().tolist() == pytest.approx([0.1, 0.9])
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_bfloat16_head_is_summed_in_float32(with_entropy: bool) -> None:
+    """In bfloat16 a sum of 4096 similar terms stops growing at 256 of them."""
+    hidden, weight, bias, targets = inputs(torch.bfloat16, rows=5, vocabulary=4096)
+    values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=with_entropy)
+    logits = (hidden @ weight.T).double() + bias.double()
+    logs = logits.log_softmax(1)
+    assert values.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(values.double(), logs[torch.arange(5), targets], rtol=0, atol=1e-5)
+    if with_entropy:
+        torch.testing.assert_close(entropy.double(), torch.special.entr(logs.exp()).sum(1), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_bfloat16_weights_are_accumulated_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 equal rows, one a chunk: each adds 1/2 for its target and takes 1/2 from the other token. In bfloat16 the
+    sum would stop at 128."""
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 2)
+    rows = 300
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    values, _ = token_logprobs(hidden, weight, torch.zeros(rows, dtype=torch.long), bias=bias)
+    gradients = torch.autograd.grad(values.sum(), (weight, bias))
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    assert [g.flatten().tolist() for g in gradients] == [[150.0, -150.0]] * 2
+
+
+def test_float32_inputs_are_as_exact_as_float32_is() -> None:
+    hidden, weight, bias, targets = inputs(torch.float32, rows=5, vocabulary=4096)
+    values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=True)
+    wanted = full(hidden.double(), weight.double(), bias.double(), targets, 1.0)
+    torch.testing.assert_close((values.double(), entropy.double()), wanted, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_token_whose_bias_is_minus_infinity_is_as_good_as_absent(with_entropy: bool) -> None:
+    hidden, weight, bias, _ = inputs()
+    targets = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    banned, kept = VOCABULARY - 1, VOCABULARY - 1
+    bias[banned] = -math.inf
+    leaves = [x.requires_grad_(True) for x in (hidden, weight, bias)]
+    values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=with_entropy)
+    gradients = torch.autograd.grad(values.sum() + 2 * entropy.sum(), leaves)
+
+    fewer = [x.detach().clone().requires_grad_(True) for x in (hidden, weight[:kept], bias[:kept])]
+    wanted, wanted_entropy = full(fewer[0], fewer[1], fewer[2], targets, 1.0)
+    wanted_gradients = torch.autograd.grad(wanted.sum() + 2 * with_entropy * wanted_entropy.sum(), fewer)
+    torch.testing.assert_close(values, wanted, rtol=1e-12, atol=1e-12)
+    if with_entropy:
+        torch.testing.assert_close(entropy, wanted_entropy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[0], wanted_gradients[0], rtol=1e-12, atol=1e-12)
+    for gradient, wanted_gradient in zip(gradients[1:], wanted_gradients[1:], strict=True):
+        torch.testing.assert_close(gradient[:kept], wanted_gradient, rtol=1e-12, atol=1e-12)
+        assert not gradient[banned].any()
+
+
+def test_large_logits_overflow_nothing() -> None:
+    weight = torch.tensor([[1000.0], [0.0], [-1000.0]])
+    values, entropy = token_logprobs(torch.ones(3, 1), weight, torch.arange(3), with_entropy=True)
+    assert values.tolist() == [0.0, -1000.0, -2000.0]
+    assert entropy.tolist() == [0.0] * 3
+
+
+def test_no_rows_give_no_values_and_zero_gradients() -> None:
+    hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs(rows=0))
+    values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=True)
+    assert values.shape == entropy.shape == (0,)
+    gradients = torch.autograd.grad(values.sum() + entropy.sum(), (hidden, weight, bias))
+    assert [tuple(g.shape) for g in gradients] == [(0, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,)]
+    assert not any(g.any() for g in gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_the_logits_of_all_rows_never_exist_at_once_forward_or_backward(
+    monkeypatch: pytest.MonkeyPatch, with_entropy: bool
+) -> None:
+    rows, vocabulary, chunk = 60, 1000, 5000
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, targets = (
+        x.requires_grad_(x.is_floating_point()) for x in inputs(torch.float32, rows, vocabulary)
+    )
+    assert max(hidden.numel(), weight.numel()) < chunk
+    with LargestTensor() as forward:
+        values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=with_entropy)
+    with LargestTensor() as backward:
+        (values.sum() + entropy.sum()).backward()
+    assert (forward.elements, backward.elements) == (chunk, chunk)
+
+    with LargestTensor() as forward:  # the measure sees both directions
+        values, _ = full(hidden, weight, bias, targets, 1.0)
+    with LargestTensor() as backward:
+        values.sum().backward()
+    assert (forward.elements, backward.elements) == (rows * vocabulary, rows * vocabulary)

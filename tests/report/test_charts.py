@@ -1,0 +1,110 @@
+"""Numbers as text and as drawings."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from fairlead.report.charts import Series, compact, curves, duration, interval, number, panels, running_mean, thin
+from fairlead.report.read import Estimate
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.71234, "0.712"),
+        (0.5, "0.5"),
+        (12.345, "12.3"),
+        (-3.14159, "\u22123.14"),
+        (1234.56, "1,235"),
+        (123456.7, "123,500"),
+        (1234567, "1,234,567"),
+        (3e-4, "0.0003"),
+        (1.5e-7, "1.5e\u22127"),
+        (2.5e12, "2.5e12"),
+        (0, "0"),
+        (None, "\u2013"),
+        (math.nan, "\u2013"),
+    ],
+)
+def test_numbers_have_few_digits_and_thousands_are_separated(value: float | None, text: str):
+    assert number(value) == text
+
+
+def test_a_rounded_zero_has_no_sign():
+    assert number(-0.0001, 2) == "0.00"
+
+
+def test_intervals_have_the_digits_of_their_mean():
+    assert interval(Estimate(0.71, 0.68, 0.7444)) == "[0.680, 0.744]"
+    assert interval(Estimate(31.44, 30.1, 32.06)) == "[30.1, 32.1]"
+    assert interval(Estimate(0.71, None, 0.74)) == ""
+
+
+def test_durations_are_in_units_a_person_uses():
+    assert [duration(s) for s in (12.34, 90, 7325, None)] == ["12.3 s", "2 min", "2 h 2 min", "\u2013"]
+
+
+def test_ticks_are_short():
+    assert [compact(v) for v in (0.25, 20000.0, 1.5e6, -2e9, 3e-4)] == ["0.25", "20k", "1.5M", "\u22122e9", "3e\u22124"]
+
+
+def test_thinning_keeps_both_ends_and_a_spike():
+    x = np.arange(5000.0)
+    y = np.zeros(5000)
+    y[1234] = 7.0
+    thin_x, thin_y = thin(x, y, 400)
+    assert len(thin_x) <= 400
+    assert (thin_x[0], thin_x[-1]) == (0.0, 4999.0)
+    assert thin_y[thin_x == 1234.0] == [7.0]
+
+
+def test_a_running_mean_leaves_out_what_is_not_finite():
+    # By hand, over three: (1+2)/2, (1+2)/2, (2+6)/2, 6, none.
+    values = np.array([1.0, 2.0, math.nan, 6.0, math.nan, math.nan, math.nan])
+    expected = [1.5, 1.5, 4.0, 6.0, 6.0, math.nan, math.nan]
+    np.testing.assert_allclose(running_mean(values, 3), expected)
+
+
+def test_a_metric_shares_a_panel_with_its_held_out_twin_and_chosen_with_rejected():
+    names = ("loss", "eval/loss", "rewards/chosen", "rewards/rejected", "eval/rewards/chosen", "logps/chosen")
+    rows = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (1, 2)]
+    rows[1]["memory"] = 3.0
+    found, rare = panels(rows, leave_out=("step",))
+    assert {title: [one.name for one in series] for title, series in found.items()} == {
+        "loss": ["loss", "eval/loss"],
+        "rewards/chosen, rejected": ["rewards/chosen", "rewards/rejected", "eval/rewards/chosen"],
+        "logps/chosen": ["logps/chosen"],
+    }
+    assert rare == [("memory", 3.0, 2)]
+
+
+def test_the_same_numbers_give_the_same_drawing_without_links_out():
+    series = [Series("loss", False, [1.0, 2.0, 3.0], [3.0, None, 1e30])]
+    svg = curves(series, key="a")
+    assert svg == curves(series, key="a")
+    assert svg.startswith("<svg viewBox=")
+    assert "http" not in svg
+    assert re.search(r"\d\.\d{3}", svg) is None
+    assert "var(--series-1)" in svg
+    assert "#0b0001" not in svg
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1e9], [-1.0, 1.0, 1e9]])
+def test_one_huge_value_does_not_flatten_the_others(values: list[float]):
+    # On a linear axis of 100 units the first two would be 1e-7 units above its foot and at the same height.
+    svg = curves([Series("ratio", False, [1.0, 2.0, 3.0], list(values))], key="a")
+    heights = [float(y) for y in re.findall(r"<use[^>]* y=\"([\d.]+)\"[^>]*series-1", svg)]
+    assert len(heights) == 3
+    assert heights[1] - heights[2] > 20
+    assert (heights[0] == heights[1]) == (values[0] == values[1])
+
+
+def test_thinning_keeps_a_gap():
+    y = np.zeros(4000)
+    y[1000:2000] = math.nan
+    _, thin_y = thin(np.arange(4000.0), y, 40)
+    assert np.isnan(thin_y).any()

@@ -1,0 +1,223 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fairlead.config import OptimSection
+from fairlead.training.optim import Optimizer, learning_rate_factor
+
+
+def section(**settings: Any) -> OptimSection:
+    return OptimSection.model_validate(settings)
+
+
+def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"layer.weight": (3, 2), "layer.bias": (3,), "norm.weight": (2,), "scale": ()}
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def fill_gradients(given: dict[str, nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for parameter in given.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+# --- the learning rate ---------------------------------------------------------------------------------------------
+
+HALF, QUARTER = 0.5, 0.25
+UP = 0.5 * (1 + math.sqrt(0.5))  # the cosine at an eighth of a turn
+DOWN = 0.5 * (1 - math.sqrt(0.5))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "floor", "factors"),
+    [
+        ("constant", 0, 0.0, [1, 1, 1, 1, 1]),
+        ("constant", 2, 0.0, [0.5, 1, 1, 1, 1]),
+        ("constant", 4, 0.3, [0.25, 0.5, 0.75, 1, 1]),
+        ("linear", 0, 0.0, [1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 0, 0.2, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 2, 0.0, [0.5, 1, 1, 0.5, 0]),
+        ("linear", 4, 0.0, [0.25, 0.5, 0.75, 1, 1]),
+        ("linear", 5, 0.0, [0.2, 0.4, 0.6, 0.8, 1]),
+        ("linear", 10, 0.0, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ("cosine", 0, 0.0, [1, UP, 0.5, DOWN, 0]),
+        ("cosine", 0, 0.5, [1, 0.5 + UP / 2, 0.75, 0.5 + DOWN / 2, 0.5]),
+        ("cosine", 2, 0.1, [0.5, 1, 1, 0.55, 0.1]),
+        ("cosine", 1, 0.0, [1, 1, 0.75, 0.25, 0]),
+    ],
+)
+def test_the_learning_rate_of_five_steps(schedule: str, warmup_steps: int, floor: float, factors: list[float]) -> None:
+    found = [
+        learning_rate_factor(step, 5, schedule=schedule, warmup_steps=warmup_steps, floor=floor) for step in range(1, 6)
+    ]
+    assert found == pytest.approx(factors, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 1000])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_the_last_step_has_the_floor(schedule: str, num_steps: int, floor: float) -> None:
+    last = learning_rate_factor(num_steps, num_steps, schedule=schedule, warmup_steps=0, floor=floor)
+    assert last == pytest.approx(floor, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_run_of_one_step_takes_it_at_the_peak(schedule: str) -> None:
+    assert learning_rate_factor(1, 1, schedule=schedule, warmup_steps=0, floor=0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup_steps"),
+    [
+        ({}, 0),
+        ({"warmup_ratio": 0.25}, 5),
+        ({"warmup_ratio": 0.12}, 2),
+        ({"warmup_steps": 7}, 7),
+        ({"warmup_steps": 0, "warmup_ratio": 0.5}, 0),
+    ],
+)
+def test_warm_up_steps_win_over_the_ratio_of_all_steps(settings: dict[str, Any], warmup_steps: int) -> None:
+    assert Optimizer(section(**settings), parameters(), 20).warmup_steps == warmup_steps
+
+
+def test_a_step_moves_by_the_scheduled_rate_and_drops_the_gradients() -> None:
+    """Plain gradient descent: the change is rate times gradient."""
+    given = parameters()
+    settings = section(name="sgd", learning_rate=0.1, schedule="linear", min_learning_rate_ratio=0.5)
+    optimizer = Optimizer(settings, given, 3)
+    for step, rate in ((1, 0.1), (2, 0.075), (3, 0.05)):
+        before = {name: parameter.detach().clone() for name, parameter in given.items()}
+        fill_gradients(given, step)
+        gradients = {name: p.grad.clone() for name, p in given.items() if p.grad is not None}
+        assert optimizer.step(step) == pytest.approx(rate)
+        for name, parameter in given.items():
+            torch.testing.assert_close(parameter.detach(), before[name] - rate * gradients[name])
+            assert parameter.grad is None
+
+
+# --- decay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_only_matrices_decay(name: str) -> None:
+    """With zero gradients a step is the decay alone: times 1 - rate * decay."""
+    given = parameters()
+    before = {key: parameter.detach().clone() for key, parameter in given.items()}
+    optimizer = Optimizer(section(name=name, learning_rate=0.1, weight_decay=0.5, schedule="constant"), given, 1)
+    for parameter in given.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(1)
+    for key, parameter in given.items():
+        factor = 0.95 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), factor * before[key], rtol=1e-6, atol=0)
+
+
+def test_the_first_step_of_adam_is_the_sign_of_the_gradient_times_the_rate() -> None:
+    """Kingma and Ba 2015: both moments are unbiased, so m / sqrt(v) is g / |g|."""
+    given = parameters()
+    before = {key: parameter.detach().clone() for key, parameter in given.items()}
+    fill_gradients(given, 1)
+    signs = {key: parameter.grad.sign() for key, parameter in given.items() if parameter.grad is not None}
+    Optimizer(section(name="adamw", learning_rate=0.01, schedule="constant"), given, 1).step(1)
+    for key, parameter in given.items():
+        torch.testing.assert_close(parameter.detach(), before[key] - 0.01 * signs[key], rtol=0, atol=1e-6)
+
+
+# --- state ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_the_state_goes_out_and_in_bit_for_bit(name: str) -> None:
+    settings = section(name=name, learning_rate=0.05, weight_decay=0.1)
+    uninterrupted, continued = parameters(), parameters()
+    first = Optimizer(settings, uninterrupted, 6)
+    for step in (1, 2, 3):
+        fill_gradients(uninterrupted, step)
+        first.step(step)
+    saved = {key: value.clone() for key, value in first.tensors().items()}
+    with torch.no_grad():
+        for key, parameter in continued.items():
+            parameter.copy_(uninterrupted[key])
+    second = Optimizer(settings, continued, 6)
+    second.load_tensors(saved)
+    again = second.tensors()
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[key], value) and again[key].dtype == value.dtype for key, value in saved.items())
+    for step in (4, 5, 6):
+        for given, optimizer in ((uninterrupted, first), (continued, second)):
+            fill_gradients(given, step)
+            optimizer.clip()
+            optimizer.step(step)
+    for key in uninterrupted:
+        assert torch.equal(uninterrupted[key], continued[key])
+
+
+def test_the_state_names_each_parameter_and_field() -> None:
+    given = parameters()
+    optimizer = Optimizer(section(), given, 2)
+    assert optimizer.tensors() == {}
+    fill_gradients(given, 1)
+    optimizer.step(1)
+    assert set(optimizer.tensors()) == {
+        f"{key}|{field}" for key in given for field in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_state_and_stays() -> None:
+    given = parameters()
+    fill_gradients(given, 1)
+    given["scale"].grad = None
+    before = given["scale"].item()
+    optimizer = Optimizer(section(), given, 2)
+    assert torch.isfinite(optimizer.clip())
+    optimizer.step(1)
+    assert given["scale"].item() == before
+    assert not any(key.startswith("scale|") for key in optimizer.tensors())
+    restored = Optimizer(section(), given, 2)
+    restored.load_tensors(optimizer.tensors())
+    fill_gradients(given, 2)
+    restored.step(2)
+
+
+# --- clipping ------------------------------------------------------------------------------------------------------
+
+
+def with_gradient(*values: float) -> dict[str, nn.Parameter]:
+    """Two parameters that share the gradient ``values``."""
+    given = {"a": nn.Parameter(torch.zeros(1, 1)), "b": nn.Parameter(torch.zeros(len(values) - 1))}
+    given["a"].grad, given["b"].grad = torch.tensor([[values[0]]]), torch.tensor(values[1:])
+    return given
+
+
+def gradients(given: dict[str, nn.Parameter]) -> list[float]:
+    return [x for p in given.values() if p.grad is not None for x in p.grad.flatten().tolist()]
+
+
+@pytest.mark.parametrize(
+    ("limit", "scaled"),
+    [(6.5, [1.5, 2.0, 6.0]), (13.0, [3.0, 4.0, 12.0]), (20.0, [3.0, 4.0, 12.0]), (None, [3.0, 4.0, 12.0])],
+)
+def test_gradients_are_scaled_down_to_the_norm_over_all_parameters(limit: float | None, scaled: list[float]) -> None:
+    """The norm of (3, 4, 12) is 13."""
+    given = with_gradient(3.0, 4.0, 12.0)
+    norm = Optimizer(section(max_grad_norm=limit), given, 1).clip()
+    assert norm.item() == pytest.approx(13.0)
+    assert gradients(given) == pytest.approx(scaled, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(bad: float) -> None:
+    given = with_gradient(3.0, bad, 4.0)
+    norm = Optimizer(section(max_grad_norm=1.0), given, 1).clip()
+    assert not math.isfinite(norm.item())
+    found = gradients(given)
+    assert (found[0], found[2]) == (3.0, 4.0)
+    assert found[1] == bad or (math.isnan(bad) and math.isnan(found[1]))
+
+
+def test_no_gradient_at_all_has_norm_zero() -> None:
+    assert Optimizer(section(), parameters(), 1).clip().item() == 0.0
