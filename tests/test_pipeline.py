@@ -129,7 +129,10 @@ def test_stages_run_in_order_each_from_the_results_of_earlier_ones(finished):
     assert recipes["sft"]["model"]["path"] == recipes["reward"]["model"]["path"] == str(folder / "pretrain")
     assert {(recipe["seed"], recipe["train"]["steps"]) for recipe in recipes.values()} == {(3, 2)}
     assert recipes["sft"]["run"] == {"name": "sft", "directory": str(folder)}
-    assert json.loads((folder / "prepared" / "manifest.json").read_text())["options"] == {"heldout": 0.4}
+    assert json.loads((folder / "prepared" / "manifest.json").read_text())["options"] == {
+        "heldout": 0.4,
+        "pretrain_on_chosen": True,
+    }
 
 
 def test_the_summary_holds_the_stages_and_the_metrics_of_the_models_evaluated(finished):

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fairlead.data.prepare import prepare as prepare
     from fairlead.errors import FairleadError as FairleadError
     from fairlead.evaluation import evaluate as evaluate
     from fairlead.pipeline import run_pipeline as run_pipeline
@@ -27,7 +28,17 @@ _HOMES = {
     "train": "fairlead.runner",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [
+    "Algorithm",
+    "FairleadError",
+    "RunResult",
+    "__version__",
+    "build_report",
+    "evaluate",
+    "prepare",
+    "run_pipeline",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

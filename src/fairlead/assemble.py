@@ -97,7 +97,9 @@ def load_data(
         held_out, eval_counts = load_records(eval_source, algorithm.record, heldout=True)
     elif data.eval_fraction:
         records, held_out = split_records(records, data.eval_fraction, recipe.seed)
-    elif (isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text) or (isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file()):
+    elif (isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text) or (
+        isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file()
+    ):
         held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
     _refuse_leakage(records, held_out)
     return records, held_out, {"train": _rows(counts)} | ({"eval": _rows(eval_counts)} if eval_counts else {})

@@ -41,7 +41,9 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="the directory of an unfinished run")], as_json: AsJson = False) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="the directory of an unfinished run")], as_json: AsJson = False
+) -> None:
     """Continue an unfinished run from its last checkpoint."""
     from fairlead.config import read_mapping
     from fairlead.runner import resolve, run_stage
@@ -84,7 +86,9 @@ def pipeline(
     from fairlead import pipeline as room
 
     if dry_run:
-        stages = [{"stage": name, "verb": verb, "settings": given} for name, verb, given in room.plan(file, settings or [])]
+        stages = [
+            {"stage": name, "verb": verb, "settings": given} for name, verb, given in room.plan(file, settings or [])
+        ]
         text = "\n".join(f"{s['stage']}: {s['verb']}\n" + _indented(s["settings"]) for s in stages)
         _print({"stages": stages}, as_json, text)
         return
@@ -196,7 +200,11 @@ def _print_resolved(resolved: Any, as_json: bool) -> None:
 
     flat = flatten(resolved.as_dict())
     if as_json:
-        _print({key: {"value": value, "from": resolved.origins.get(key, "default")} for key, value in flat.items()}, True, "")
+        _print(
+            {key: {"value": value, "from": resolved.origins.get(key, "default")} for key, value in flat.items()},
+            True,
+            "",
+        )
         return
     width = max(len(f"{key}: {value}") for key, value in flat.items() if len(f"{key}: {value}") < 60)
     for key, value in flat.items():

@@ -111,7 +111,7 @@ def _pairs(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: Path | None = None) -> RunResult:
-    """Run a resolved recipe in its run directory (or in ``folder``), continuing an unfinished run of the same recipe."""
+    """Run a resolved recipe in its run directory (or ``folder``), continuing an unfinished run of the same recipe."""
     given = given or Given()
     recipe = resolved.recipe
     algorithm = find(recipe.algorithm)
@@ -300,7 +300,10 @@ def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
             if key in ("model.path", "reward") and path.is_dir():
                 path = resolve_folder(name) or path
             if path.exists():
-                found[key if isinstance(place, str) else f"{key}: {name}"] = {"path": name, "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path)}
+                found[key if isinstance(place, str) else f"{key}: {name}"] = {
+                    "path": name,
+                    "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path),
+                }
     if given.model is not None:
         digest = hashlib.sha256()
         for name, tensor in given.model.state_dict().items():

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
 
 from fairlead.algorithms import dpo, ppo, reward, sft
 from fairlead.algorithms.terms import nll
@@ -16,7 +17,6 @@ from fairlead.ops.returns import gae
 from fairlead.rollout.experience import Experience, measure_tokens
 from fairlead.training.loop import backward, total_counts
 from fairlead.types import Pass, Term
-from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
 
 PAIRS = [
     Tree((5, 6, 7), ((8, 9, 1), (8, 4, 5, 6, 1))),
@@ -48,6 +48,13 @@ def test_the_reward_models_loss_is_log_two_when_both_answers_are_alike() -> None
     batch = _pairs([Tree((5, 6), ((7, 1), (7, 1)))], None, packed=True)
     metrics = backward(made, reward.passes(reward.Settings()), [batch])
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_tie_of_scores_counts_as_half_right() -> None:
+    made = models(("reward",))
+    torch.nn.init.zeros_(made.heads["reward"].get_parameter("linear.weight"))
+    metrics = backward(made, reward.passes(reward.Settings()), [_pairs(PAIRS, None, packed=True)])
     assert metrics["rewards/accuracies"] == 0.5
 
 
@@ -62,7 +69,8 @@ def test_the_sft_loss_is_that_of_transformers_on_the_same_rows() -> None:
         labels = ids.clone()
         labels[0, : len(tree.prompt)] = -100
         counted = int((labels[0, 1:] != -100).sum())
-        total += float(plain(ids, labels=labels).loss) * counted
+        with torch.no_grad():
+            total += float(plain(ids, labels=labels).loss) * counted
         count += counted
     assert got == pytest.approx(total / count, abs=1e-5)
 
@@ -111,10 +119,15 @@ def test_ppo_at_ratio_one_has_the_gradient_of_the_policy_gradient() -> None:
     batch = token_batch(trees, packed=True, pad_id=0)
     with plain.use("policy"):
         rows = by_response(plain(batch, frozenset({"logprobs"})).logprobs, batch)
-    loss = -sum((a * row).sum() for a, row in zip(tokens["advantages"], rows, strict=True))
+    loss = -torch.stack([(a * row).sum() for a, row in zip(tokens["advantages"], rows, strict=True)]).sum()
     (loss / sum(len(row) for row in rows)).backward()
     wanted = gradients(plain)
-    assert relative_error({n: got[n] for n in wanted if "heads" not in n}, {n: g for n, g in wanted.items() if "heads" not in n}) < 1e-5
+    assert (
+        relative_error(
+            {n: got[n] for n in wanted if "heads" not in n}, {n: g for n, g in wanted.items() if "heads" not in n}
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("own_adapter", [False, True])

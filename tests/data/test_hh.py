@@ -124,8 +124,7 @@ def test_the_published_file_keeps_1592_of_1600_rows() -> None:
     with gzip.open(path) as file:
         for line in file:
             sides = [
-                side.replace("\n\nHuman:", "\1").replace("\n\nAssistant:", "\2")
-                for side in json.loads(line).values()
+                side.replace("\n\nHuman:", "\1").replace("\n\nAssistant:", "\2") for side in json.loads(line).values()
             ]
             markers = ["".join(c for c in side if c in "\1\2") for side in sides]
             if any("\1\1" in side or "\2\2" in side for side in markers):

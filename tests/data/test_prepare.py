@@ -136,7 +136,7 @@ def test_hh_pairs_serve_every_stage(tmp_path: Path, heldout: float, prefix: str)
         "equal_rows_merged": merged if prefix else {"pretrain.jsonl": 1, **merged},
     }
     assert manifest == json.loads((out / MANIFEST).read_bytes())
-    assert manifest["options"] == {"heldout": heldout}
+    assert manifest["options"] == {"heldout": heldout, "pretrain_on_chosen": True}
     assert {name: output["rows"] for name, output in manifest["outputs"].items()} == {
         name: len(rows(out, name)) for name in OUTPUTS
     }
@@ -349,9 +349,7 @@ def test_any_difference_prepares_again(tmp_path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("already", [False, True])
-def test_a_failure_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, already: bool
-) -> None:
+def test_a_failure_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, already: bool) -> None:
     path, out = many_hh(tmp_path / "hh.jsonl.gz"), tmp_path / "out"
     if already:
         prepare("hh-rlhf", path, out)
@@ -458,3 +456,11 @@ def test_the_published_dumps_are_prepared_whole(tmp_path: Path) -> None:
     assert all(not one & other for one, other in combinations(groups, 2))
     newer = [row for row in rows(out, "preference.jsonl") if row["site"].startswith("datascience")]
     assert {row["chosen_licence"] for row in newer} == {"CC BY-SA 3.0", "CC BY-SA 4.0"}
+
+
+def test_pretraining_text_can_leave_out_the_chosen_answers(tmp_path: Path) -> None:
+    pairs = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"}]
+    write_jsonl(tmp_path / "hh.jsonl", pairs)
+    prepare("hh-rlhf", tmp_path / "hh.jsonl", tmp_path / "out", heldout=0.0, pretrain_on_chosen=False)
+    assert (tmp_path / "out" / "pretrain.jsonl").read_bytes() == b""
+    assert (tmp_path / "out" / "sft.jsonl").read_bytes() != b""

@@ -35,17 +35,25 @@ from fairlead.demo.world import (
     sample_question,
 )
 
-# A world of two facts written down here, so that the expected scores do not hang on a seed.
+# The facts of a world written down here, so that the expected scores do not hang on a seed.
 WORLD = World(
-    cause={"galvor": "valve", "eskar": "belt", "torvex": "motor"},
+    cause={
+        "brindor": "filter",
+        "eskar": "belt",
+        "galvor": "fuse",
+        "lumora": "fuse",
+        "pelvar": "filter",
+        "torvex": "belt",
+    },
     steps={
-        "leak": ("open the lid", "drain the tank", "close the shutter"),
-        "heat": ("clean the tray", "oil the hinge", "warm the plate"),
+        "no-start": ("clean the tray", "drain the tank", "press the red button"),
+        "leak": ("oil the hinge", "open the lid", "count to twenty"),
+        "heat": ("tighten the screws", "unplug the cable", "pull the lever"),
     },
 )
 PROMPT = "Question: My galvor leaks water\n\nThe galvor drips water since Monday. Why?\n\nAnswer:"
-CAUSE = "The valve of the galvor is at fault."
-STEPS_RIGHT = "First open the lid. Then drain the tank. Finally close the shutter."
+CAUSE = "The fuse of the galvor is at fault."
+STEPS_RIGHT = "First oil the hinge. Then open the lid. Finally count to twenty."
 PERFECT = f"{CAUSE} {STEPS_RIGHT}"
 FENCE = "```\ndevtool status\n```"
 
@@ -79,12 +87,12 @@ def gold_pairs(site: list[Thread]) -> list[tuple[int, Answer, Answer]]:
     "answer",
     [
         PERFECT,
-        f"{CAUSE}\n\n1. Open the lid.\n2. Drain the tank.\n3. Close the shutter.",
-        f"- open the lid\n- drain the tank\n- close the shutter\n\n{CAUSE}",
-        f"{CAUSE}\n\nFirst open the lid.\n\nThen drain the tank.\n\nFinally close the shutter.",
+        f"{CAUSE}\n\n1. Oil the hinge.\n2. Open the lid.\n3. Count to twenty.",
+        f"- oil the hinge\n- open the lid\n- count to twenty\n\n{CAUSE}",
+        f"{CAUSE}\n\nFirst oil the hinge.\n\nThen open the lid.\n\nFinally count to twenty.",
         f"Hi there. {CAUSE}\n\n{FENCE}\n\n{STEPS_RIGHT}\n\nHope this helps. Good luck with it.",
         f"```sh\nsudo devtool update\n```\n{PERFECT}",
-        "  the VALVE of the   galvor is at fault\nopen the lid\ndrain the tank\nclose the shutter ",
+        "  the FUSE of the   galvor is at fault\noil the hinge\nopen the lid\ncount to twenty ",
     ],
 )
 def test_a_complete_answer_scores_one_however_it_is_laid_out(answer: str):
@@ -98,11 +106,11 @@ def test_a_complete_answer_scores_one_however_it_is_laid_out(answer: str):
         (f"The belt of the galvor is at fault. {STEPS_RIGHT}", 0.6),  # another topic's part
         (f"The belt of the eskar is at fault. {STEPS_RIGHT}", 0.0),  # about another topic
         (STEPS_RIGHT, 0.0),  # about no topic
-        (f"{CAUSE} First open the lid. Finally close the shutter.", 0.4 + 0.6 * 2 / 3),
-        (f"{CAUSE} First drain the tank. Then open the lid. Finally close the shutter.", 0.8),
-        (f"{CAUSE} Close the shutter. Drain the tank. Open the lid.", 0.4 + 0.6 / 3),
-        (f"{CAUSE} First open the lid. Then oil the hinge. Finally close the shutter.", 0.8),
-        (f"{CAUSE} First clean the tray. Then oil the hinge. Finally warm the plate.", 0.4),
+        (f"{CAUSE} First oil the hinge. Finally count to twenty.", 0.4 + 0.6 * 2 / 3),
+        (f"{CAUSE} First open the lid. Then oil the hinge. Finally count to twenty.", 0.8),
+        (f"{CAUSE} Count to twenty. Open the lid. Oil the hinge.", 0.4 + 0.6 / 3),
+        (f"{CAUSE} First oil the hinge. Then unplug the cable. Finally count to twenty.", 0.8),
+        (f"{CAUSE} First tighten the screws. Then unplug the cable. Finally pull the lever.", 0.4),
     ],
 )
 def test_each_defect_costs_its_weight(answer: str, expected: float):
@@ -110,7 +118,7 @@ def test_each_defect_costs_its_weight(answer: str, expected: float):
 
 
 def test_what_exceeds_an_answers_room_is_garbage_and_dilutes_what_is_right():
-    step = "Then oil the hinge."
+    step = "Then unplug the cable."
     share = num_characters(PERFECT) / num_characters(PERFECT + step)
     assert score(f"{PERFECT} {step}") == pytest.approx(share**2 * (0.4 + 0.6 * 3 / 4))
     other = "With a galvor it is always the belt."
@@ -135,14 +143,23 @@ def test_garbage_costs_the_square_of_its_share_and_naming_other_topics_divides()
     "answer",
     [
         " ".join(TOPICS + PARTS + STEPS),
-        " ".join(f"The {part} of the galvor is at fault." for part in PARTS) + f" {STEPS_RIGHT}",
-        " ".join(f"The valve of the {topic} is at fault." for topic in TOPICS) + f" {STEPS_RIGHT}",
-        f"{CAUSE} " + " ".join(f"Then {step}." for step in STEPS),
-        "galvor valve open the lid drain the tank close the shutter",
+        " ".join(f"The fuse of the {topic} is at fault." for topic in TOPICS) + f" {STEPS_RIGHT}",
+        "galvor fuse oil the hinge open the lid count to twenty",
     ],
 )
 def test_keyword_stuffing_scores_low(answer: str):
-    assert score(answer) < 0.1
+    assert score(answer) < 0.05  # measured: 0 to 0.03
+
+
+def test_naming_every_part_or_every_step_is_worth_less_than_half_of_a_wrong_guess():
+    causes = " ".join(f"The {part} of the galvor is at fault." for part in PARTS)
+    share = num_characters(PERFECT) / num_characters(f"{causes} {STEPS_RIGHT}")
+    every_part = score(f"{causes} {STEPS_RIGHT}")  # measured: PENDING
+    assert every_part < 0.6 / 2  # 0.6: a wrong cause and the right steps
+
+    steps = " ".join(f"Then {step}." for step in STEPS)
+    every_step = score(f"{CAUSE} {steps}")  # measured: PENDING
+    assert every_step < 0.4 / 2  # 0.4: the right cause and no right step
 
 
 @pytest.mark.parametrize("repeated", [PERFECT, CAUSE, "First open the lid. Then open the lid."])
@@ -162,7 +179,7 @@ def test_repetition_never_raises_the_score(repeated: str):
         f"{FENCE}\n" * 10,
         "```\n\n```\n" * 20,
         f"{CAUSE}\n" + f"\n{FENCE}\n" * 20,
-        f"{CAUSE} " + "galvor valve " * 100,
+        f"{CAUSE} " + "galvor fuse " * 100,
         "1. 2. 3. 4. 5.",
         "\u202e\x00\ufffdÿ☃ ♞\U0001d518\U0001f600 İẞ ... !!! ???",
         "." * 5000,
@@ -269,7 +286,7 @@ def test_a_bag_of_words_does_not_tell_the_better_answer(gold_pairs, ngrams: tupl
     assert 0.35 <= accuracy <= 0.65
 
 
-def test_votes_agree_with_gold_on_about_three_pairs_in_four(site: list[Thread]):
+def test_votes_agree_with_gold_on_most_pairs_but_not_on_all(site: list[Thread]):
     agree = [
         (thread.golds[i] > thread.golds[j]) == (thread.scores[i] > thread.scores[j])
         for thread in site

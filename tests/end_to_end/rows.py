@@ -10,7 +10,11 @@ TOPICS = ("lamp", "kettle", "radio", "pump", "drill", "fan", "stove", "bell")
 FAULTS = ("fuse", "belt", "wire", "seal")
 
 PAIRS = [
-    {"prompt": f"why does the {topic} stop after {n} hours?", "chosen": f"the {fault} is loose", "rejected": f"buy a {topic}"}
+    {
+        "prompt": f"why does the {topic} stop after {n} hours?",
+        "chosen": f"the {fault} is loose",
+        "rejected": f"buy a {topic}",
+    }
     for n, topic in enumerate(TOPICS, 1)
     for fault in FAULTS
 ]
@@ -38,7 +42,13 @@ SETTINGS: dict[str, Any] = {
     "tracking.console": False,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "ppo": {"train.batch_size": 3, "ppo.rollout_size": 6, "ppo.rollout_rows": 2, "ppo.epochs": 2, "ppo.max_new_tokens": 12},
+    "ppo": {
+        "train.batch_size": 3,
+        "ppo.rollout_size": 6,
+        "ppo.rollout_rows": 2,
+        "ppo.epochs": 2,
+        "ppo.max_new_tokens": 12,
+    },
 }
 SCRATCH = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300, "context_length": 64}
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.end_to_end.rows import PAIRS, PROMPTS, ROWS, SCRATCH, settings, write
 
 SCRIPT = """
@@ -77,7 +76,9 @@ def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, tmp_path: Path
 def test_ctrl_c_saves_at_the_next_step_and_the_same_command_continues(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", PROMPTS)
     command, run = _command("ppo", tmp_path, data), tmp_path / "ppo"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     while not (run / "checkpoints" / "step-000001" / "manifest.json").exists():
         assert process.poll() is None
         time.sleep(0.005)

@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from tests.end_to_end.rows import PAIRS, ROWS, SCRATCH, brevity, settings, write
+from tests.tiny import base, tokenizer
 
 import fairlead
 from fairlead.algorithms import REGISTRY
 from fairlead.errors import ConfigError, DataError, RunError
 from fairlead.models.load import load_causal
-from tests.end_to_end.rows import PAIRS, ROWS, SCRATCH, brevity, settings, write
-from tests.tiny import base, tokenizer
 
 
 @pytest.mark.parametrize("algorithm", sorted(REGISTRY))
@@ -129,7 +129,9 @@ def test_mistakes_are_named_before_a_model_is_built(tmp_path: Path) -> None:
 def test_a_prompt_that_leaves_no_room_for_a_response_is_refused_with_figures(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no record is left to learn from at max_length=4"):
         fairlead.train(
-            {"algorithm": "sft"}, settings("sft", tmp_path, **{"model.scratch": SCRATCH, "data.max_length": 4}), data=ROWS["sft"]
+            {"algorithm": "sft"},
+            settings("sft", tmp_path, **{"model.scratch": SCRATCH, "data.max_length": 4}),
+            data=ROWS["sft"],
         )
 
 

@@ -114,7 +114,7 @@ def test_an_unknown_role_and_a_value_adapter_without_lora_are_refused() -> None:
     made = models(("policy",))
     with pytest.raises(ModelError, match="no role 'judge'"), made.use("judge"):
         pass
-    with pytest.raises(ModelError, match="needs model.adapter"):
+    with pytest.raises(ModelError, match=r"needs model\.adapter"):
         Models(base(), ("policy", "value"), value_trunk="adapter")
 
 

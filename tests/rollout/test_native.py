@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny import models, scatter, tokenizer
 
 from fairlead.data.pack import by_response, token_batch
 from fairlead.data.render import Renderer, Tree
 from fairlead.rollout.native import NativeSampler
 from fairlead.types import Prompt, Sampling
-from tests.tiny import models, scatter, tokenizer
 
 PROMPTS = [Prompt(text) for text in ("why?", "the lamp", "Question: why does the lamp flicker?", "a", "loose fuse is")]
 

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny import CPU, models, scatter, tokenizer
 
 from fairlead.data.pack import preference_batch
 from fairlead.data.render import Renderer
 from fairlead.errors import ConfigError, ModelError, TrainingError
 from fairlead.models.export import save_model
 from fairlead.rollout.rewards import open_reward
-from fairlead.types import Preference, Prompt, Rollout
-from tests.tiny import CPU, models, scatter, tokenizer
+from fairlead.types import Conversation, Preference, Prompt, Rollout
 
 
 def _renderer(template: str = "question-answer") -> Renderer:
     return Renderer(tokenizer(), template=template, max_length=128)
 
 
-def _rollout(prompt: str, text: str, **columns: object) -> Rollout:
+def _rollout(prompt: Conversation, text: str, **columns: object) -> Rollout:
     return Rollout(Prompt(prompt, columns), (3,), (4, 1), (-1.0, -1.0), True, text)
 
 

@@ -24,8 +24,7 @@ def test_the_line_tells_steps_rates_times_and_the_headline_metrics():
     console: Observer = Console("dpo", HEADLINE, stream=stream)
     console.after_step(at(20, 40.0, tokens=50_000, loss=0.69314, rewards__margins=-1e-5, other=1))
     assert stream.getvalue() == (
-        "dpo  20/100  0.5 steps/s  1,250 tokens/s  0:00:40 elapsed  0:02:40 left"
-        "  loss 0.6931  rewards/margins -1e-05\n"
+        "dpo  20/100  0.5 steps/s  1,250 tokens/s  0:00:40 elapsed  0:02:40 left  loss 0.6931  rewards/margins -1e-05\n"
     )
 
 

@@ -210,7 +210,5 @@ def test_the_hash_of_a_missing_folder_is_an_error_and_not_that_of_an_empty_one(t
 
 
 def test_reading_run_directories_needs_neither_torch_nor_rich():
-    with run_python(
-        "import sys, fairlead.tracking; print({'torch', 'rich', 'wandb'} & set(sys.modules))"
-    ) as process:
+    with run_python("import sys, fairlead.tracking; print({'torch', 'rich', 'wandb'} & set(sys.modules))") as process:
         assert process.communicate()[0] == "set()\n"

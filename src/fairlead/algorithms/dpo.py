@@ -24,11 +24,11 @@ from fairlead.types import Algorithm, Mean, Metrics, Outputs, Pass, Preference, 
 
 
 class Settings(Section):
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference; smaller forgets it more."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (conservative DPO)."""
-    sft_weight: float = Field(0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen responses' mean token NLL, added to the loss."""
 
 

@@ -56,27 +56,27 @@ class Settings(Section):
     """A reward run or folder, or `module:function` with trlX's signature (samples, prompts, outputs, **columns)."""
     watch: dict[str, str] = Field(default_factory=dict[str, str])
     """More rewards by name, measured on the held-out prompts and never optimised."""
-    rollout_size: int = Field(128, ge=1)
+    rollout_size: int = Field(default=128, ge=1)
     """Prompts of one round."""
-    rollout_rows: int = Field(64, ge=1)
+    rollout_rows: int = Field(default=64, ge=1)
     """Prompts decoded together and saved as one chunk."""
-    epochs: int = Field(4, ge=1)
+    epochs: int = Field(default=4, ge=1)
     """Passes over each round's responses; train.batch_size is the minibatch."""
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    kl_coef: float = Field(0.05, ge=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """Price of one nat of KL to the reference, in units of the reward."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    clip_range: float = Field(0.2, gt=0)
-    value_clip_range: float | None = Field(0.2, gt=0)
-    value_coef: float = Field(0.1, ge=0)
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    clip_range: float = Field(default=0.2, gt=0)
+    value_clip_range: float | None = Field(default=0.2, gt=0)
+    value_coef: float = Field(default=0.1, ge=0)
     whiten_advantages: bool = True
     """Advantages of a round are scaled to mean zero and unit variance over all its tokens."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
     """Taken off the score of a response that was cut at max_new_tokens."""
     value: ValueSettings = ValueSettings()
-    num_eval_prompts: int = Field(64, ge=1)
+    num_eval_prompts: int = Field(default=64, ge=1)
     """Held-out prompts sampled at each evaluation."""
 
 
@@ -220,7 +220,7 @@ def advantages(
     }
     if settings.whiten_advantages:
         advantage = whiten(advantage, inside)
-    rows = lengths.tolist()
+    rows = [len(row) for row in policy]
     ragged = {
         "advantages": [row[:length] for row, length in zip(advantage, rows, strict=True)],
         "returns": [row[:length] for row, length in zip(returns, rows, strict=True)],

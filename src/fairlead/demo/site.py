@@ -44,11 +44,11 @@ class Votes:
     some below zero, and a long tail.
     """
 
-    quality: float = 2.2
-    length: float = 0.35
-    code: float = 0.55
-    noise: float = 0.6
-    base: float = -0.6
+    quality: float = 3.0
+    length: float = 0.25
+    code: float = 0.4
+    noise: float = 0.35
+    base: float = -1.0
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,16 @@ from random import Random
 from typing import Final, Literal
 from zlib import crc32
 
-TOPICS: Final = (
-    "brindor", "calvex", "eskar", "galvor", "hirrel", "lumora", "nadrix", "pelvar", "sundel",
-    "torvex",
-)  # fmt: skip
-PARTS: Final = ("valve", "belt", "fuse", "bearing", "filter")
+TOPICS: Final = ("brindor", "eskar", "galvor", "lumora", "pelvar", "torvex")
+PARTS: Final = ("belt", "fuse", "filter")
 STEPS: Final = (
-    "open the lid", "drain the tank", "press the red button", "turn the dial left",
-    "clean the tray", "unplug the cable", "charge the battery", "tighten the screws",
-    "pull the lever", "loosen the clamp", "oil the hinge", "count to twenty",
+    "open the lid", "drain the tank", "press the red button", "clean the tray",
+    "unplug the cable", "tighten the screws", "pull the lever", "oil the hinge", "count to twenty",
 )  # fmt: skip
 PROBLEMS: Final[Mapping[str, tuple[str, ...]]] = {
     "no-start": ("will not start", "refuses to start"),
     "leak": ("leaks water", "drips water"),
     "heat": ("runs too hot", "gets too hot"),
-    "noise": ("makes a loud noise", "is very noisy"),
 }
 
 TITLES: Final = (

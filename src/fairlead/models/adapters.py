@@ -22,7 +22,7 @@ def add_adapters(model: Any, section: AdapterSection, names: Sequence[str]) -> A
     )
     config = LoraConfig(
         r=section.rank,
-        lora_alpha=section.alpha,
+        lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType]  # peft divides by it, a fraction is fine
         lora_dropout=section.dropout,
         target_modules=wanted,
         fan_in_fan_out=transposed,

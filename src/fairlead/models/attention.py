@@ -7,6 +7,7 @@ mask of the row exists. A family that is not in the table falls back to padded r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Forest:
             found = _row_segments(row, previous, ends)
             borders = {0, width} | {at for s in found for span in (s.span, *s.path) for at in span}
             ordered = sorted(borders)
-            cuts.append(tuple(b - a for a, b in zip(ordered, ordered[1:], strict=False)))
+            cuts.append(tuple(b - a for a, b in pairwise(ordered)))
             segments += found
         return cls(tuple(segments), tuple(cuts), batch.position_ids)
 

@@ -78,5 +78,5 @@ def _classifier(models: Models) -> Any:
         raise ModelError(f"transformers has no sequence classifier for {model_type}: {error}") from error
     classifier.base_model.load_state_dict(causal.base_model.state_dict())
     with torch.no_grad():
-        classifier.score.weight.copy_(models.heads["reward"].linear.weight)
+        classifier.score.weight.copy_(models.heads["reward"].get_parameter("linear.weight"))
     return classifier

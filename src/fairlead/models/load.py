@@ -1,4 +1,4 @@
-"""Weights and tokenizers: from a local folder, a run, a hub id, or from scratch. Knows nothing of roles or data sets."""
+"""Weights and tokenizers: from a folder, a run, a hub id, or from scratch. Knows nothing of roles or data sets."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def prepare(model: Any, tokenizer: Any, template: str | None, device: torch.devi
     for name in UNSUPPORTED_LOGITS:
         if getattr(config, name, None) not in (None, 1.0):
             raise ModelError(f"{config.model_type} scales or caps its logits ({name}), which is not supported")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}",
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}",
             hint="give the tokenizer that belongs to the model",
         )
     forest = config.model_type in attention.FAMILIES
@@ -125,7 +126,9 @@ def load_causal(origin: str, dtype: torch.dtype) -> Any:
 
         base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
         if base is None:
-            raise ModelError(f"{origin} is an adapter that does not name its base", hint="merge it, or name the base in it")
+            raise ModelError(
+                f"{origin} is an adapter that does not name its base", hint="merge it, or name the base in it"
+            )
         inner = resolve_folder(base)
         model = load_causal(base if inner is None else str(inner), dtype)
         return PeftModel.from_pretrained(model, origin).merge_and_unload().requires_grad_(True)

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,14 +33,14 @@ def open_reward(source: str | RewardFunction, renderer: Renderer, *, device: tor
 def import_function(source: str) -> RewardFunction:
     module, _, name = source.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"no reward {source!r}: {error}", hint="write module:function, importable from here"
         ) from error
     if not callable(function):
         raise ConfigError(f"{source} is a {type(function).__name__}, not a function")
-    return function
+    return cast(RewardFunction, function)
 
 
 class FunctionReward:

@@ -89,8 +89,9 @@ def backward(
             with models.use(each.role):
                 loss, measured = _loss(models, each, batch, counts)
                 if not torch.isfinite(loss):
+                    values = {name: mean.value for name, mean in measured.items()}
                     raise TrainingError(
-                        f"step {step}: micro-batch {number} has loss {float(loss)}: { {n: m.value for n, m in measured.items()} }",
+                        f"step {step}: micro-batch {number} has loss {float(loss)}: {values}",
                         hint="lower optim.learning_rate, or look at the rows of this step",
                     )
                 loss.backward()
