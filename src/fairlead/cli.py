@@ -192,7 +192,12 @@ def _print(value: Any, as_json: bool, text: str) -> None:
 
 
 def _indented(settings: dict[str, Any]) -> str:
-    return "".join(f"  {key}: {value}\n" for key, value in settings.items())
+    return "".join(f"  {key}: {_yaml(value)}\n" for key, value in settings.items())
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written in a recipe or behind `key=`."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _print_resolved(resolved: Any, as_json: bool) -> None:
@@ -206,9 +211,10 @@ def _print_resolved(resolved: Any, as_json: bool) -> None:
             "",
         )
         return
-    width = max(len(f"{key}: {value}") for key, value in flat.items() if len(f"{key}: {value}") < 60)
-    for key, value in flat.items():
-        print(f"{f'{key}: {value}':<{width}}  # {resolved.origins.get(key, 'default')}")
+    lines = {key: f"{key}: {_yaml(value)}" for key, value in flat.items()}
+    width = max(len(line) for line in lines.values() if len(line) < 60)
+    for key, line in lines.items():
+        print(f"{line:<{width}}  # {resolved.origins.get(key, 'default')}")
     for warning in resolved.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -218,6 +224,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.getcwd() not in sys.path:  # `module:function` names a file that stands here; a console script does not look
+        sys.path.append(os.getcwd())
     try:
         app()
     except FairleadError as error:

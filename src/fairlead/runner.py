@@ -122,11 +122,25 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
     directory = RunDirectory.create(path, yaml.safe_dump(resolved.as_dict(), sort_keys=False, allow_unicode=True))
     with directory.lock():
         _refuse_finished(directory)
-        stage, notes = assemble(recipe, algorithm, given, path)
-        source = algorithm.source(stage)
-        measure = algorithm.evaluation(stage) if stage.eval_records else dict
-        _write_manifest(directory, stage, algorithm, inputs, (*resolved.warnings, *notes))
-        return _train(directory, stage, algorithm, source, measure)
+        try:
+            stage, notes = assemble(recipe, algorithm, given, path)
+            source = algorithm.source(stage)
+            measure = algorithm.evaluation(stage) if stage.eval_records else dict
+            _write_manifest(directory, stage, algorithm, inputs, (*resolved.warnings, *notes))
+            return _train(directory, stage, algorithm, source, measure)
+        except BaseException:
+            _discard_unbegun(directory)
+            raise
+
+
+def _discard_unbegun(directory: RunDirectory) -> None:
+    """Take away a run that ended before its first step: the corrected command, another recipe, bears its name."""
+    present = {entry.name for entry in directory.path.iterdir() if not entry.name.startswith(".")}
+    if present <= {directory.recipe.name, directory.manifest.name}:
+        with contextlib.suppress(OSError):  # a pipeline's marker stays, and with it the folder
+            for name in (*present, ".lock"):
+                (directory.path / name).unlink(missing_ok=True)
+            directory.path.rmdir()
 
 
 def _train(

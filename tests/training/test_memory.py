@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import CPU, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairlead.algorithms import dpo, ppo, sft
@@ -13,7 +14,6 @@ from fairlead.data.pack import preference_batch, token_batch
 from fairlead.data.render import Tree
 from fairlead.ops import logprobs
 from fairlead.training.loop import backward
-from tests.tiny import CPU, tokenizer
 
 
 class Largest(TorchDispatchMode):
@@ -54,8 +54,9 @@ def test_a_step_never_materialises_the_logits_of_its_rows(algorithm: str, monkey
 
 
 def test_a_rollout_is_measured_without_logits_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fairlead.rollout.experience import measure_tokens
     from tests.tiny import models
+
+    from fairlead.rollout.experience import measure_tokens
 
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3200)
     made = models(("policy", "reference", "value"))

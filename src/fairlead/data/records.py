@@ -51,7 +51,10 @@ def load_records(
             counts.kept += 1
             records.append(parsed)
     if not records:
-        raise DataError(f"no usable row in {_name(source)}: {counts.read} read, dropped {dict(counts.dropped)}")
+        raise DataError(
+            f"no usable row in {_name(source)}: {counts.read} read, dropped {dict(counts.dropped)}",
+            hint="look at its rows: is a field filled with what belongs to another?",
+        )
     return records, counts
 
 

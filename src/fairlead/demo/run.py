@@ -11,7 +11,7 @@ from typing import Any
 from fairlead.demo.site import write_dump
 from fairlead.errors import RunError
 
-NUM_QUESTIONS = 6000
+NUM_QUESTIONS = 8000
 MODELS = ("sft", "ppo", "dpo", "ppo_no_kl")
 METRICS = ("gold", "score", "kl", "length", "distinct_2", "win_rate")
 

@@ -20,10 +20,10 @@ from .world import WORLD, Answer, Block, Question, World, render, sample_answer,
 NUM_ANSWERS_WEIGHTS: Final = (3, 14, 25, 28, 18, 12)  # of 0, 1, 2 ... answers to a question
 ACCEPT_RATE: Final = 0.7  # share of answered questions whose asker accepts an answer
 ACCEPT_NOISE: Final = 0.25  # standard deviation of the asker's judgement, in gold
-REPEAT_RATE: Final = 0.01  # share of questions asked before, word for word
+REPEAT_RATE: Final = 0.01  # share of questions that repeat an earlier one; some more do by chance
 DELETED_RATE: Final = 0.01  # share of questions that were deleted while their answers stayed
 NUM_WIKIS: Final = 6  # posts of types 4 and 5 (a tag's excerpt and wiki), all with empty bodies
-TYPICAL_WORDS: Final = 29  # mean of an answer's length in words
+TYPICAL_WORDS: Final = 29  # about the mean of an answer's length in words
 WORDS_SPREAD: Final = 7  # its standard deviation
 ORIGIN: Final = datetime(2024, 1, 1)
 ATTRIBUTES: Final = (

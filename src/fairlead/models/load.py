@@ -133,7 +133,12 @@ def load_causal(origin: str, dtype: torch.dtype) -> Any:
         model = load_causal(base if inner is None else str(inner), dtype)
         return PeftModel.from_pretrained(model, origin).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{origin} cannot be loaded as a causal language model: {error}") from error
+        raise ModelError(
+            f"{origin} cannot be loaded as a causal language model: {error}",
+            hint="give a folder saved by transformers or peft, or a finished run"
+            if Path(origin).exists()
+            else f"there is no folder {origin} here, so it was taken for a hub id: check the path, and the network",
+        ) from error
 
 
 def load_tokenizer(origin: str) -> Any:

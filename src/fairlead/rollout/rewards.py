@@ -59,7 +59,10 @@ class FunctionReward:
         try:
             scores = self._function(samples=samples, prompts=prompts, outputs=outputs, **columns)
         except Exception as error:
-            raise TrainingError(f"the reward {self.name} raised {type(error).__name__}: {error}") from error
+            raise TrainingError(
+                f"the reward {self.name} raised {type(error).__name__}: {error}",
+                hint="mend the function; the same command continues the run",
+            ) from error
         return _checked(scores, rollouts, self.name)
 
 
