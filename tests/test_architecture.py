@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"types", "errors"},
     {"ops"},
+    {"config_file"},
     {"config"},
     {"models", "data"},
     {"training", "tracking", "rollout"},

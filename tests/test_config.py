@@ -6,18 +6,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from fairlead import config
-from fairlead.config import (
-    ResolvedRecipe,
-    Section,
-    find_file,
-    flatten,
-    load_recipe,
-    parse_interval,
-    parse_override,
-    parse_yaml,
-    shipped,
-)
+from fairlead import config_file
+from fairlead.config import ResolvedRecipe, Section, flatten, load_recipe, parse_interval
+from fairlead.config_file import find_file, parse_override, parse_yaml, shipped
 from fairlead.errors import ConfigError
 
 NO_INTEGER = "input should be a valid integer, unable to parse string as an integer"
@@ -411,7 +402,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) 
 
 def test_a_missing_file_lists_or_suggests_the_shipped_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     known = {"sft": tmp_path / "sft.yaml", "reward": tmp_path / "reward.yaml"}
-    monkeypatch.setattr(config, "shipped", lambda kind="recipe": known)
+    monkeypatch.setattr(config_file, "shipped", lambda kind="recipe": known)
     with pytest.raises(ConfigError, match=r"no recipe 'rewrd': neither .*\nhint: did you mean 'reward'\?"):
         load_recipe("rewrd", settings_of=settings_of)
     with pytest.raises(ConfigError, match=r"no recipe 'missing\.yaml': neither .*\nhint: there are: reward, sft$"):

@@ -45,7 +45,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="the directory of an unfinished run")], as_json: AsJson = False
 ) -> None:
     """Continue an unfinished run from its last checkpoint."""
-    from fairlead.config import read_mapping
+    from fairlead.config_file import read_mapping
     from fairlead.runner import resolve, run_stage
     from fairlead.tracking import RunDirectory
 
@@ -65,7 +65,7 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Turn raw data as its owners publish it into records, split by prompt, with every dropped row counted."""
-    from fairlead.config import parse_override
+    from fairlead.config_file import parse_override
     from fairlead.data.prepare import prepare as run
 
     options = dict(parse_override(setting) for setting in settings or [])

@@ -105,7 +105,7 @@ def train(
 
 
 def _pairs(settings: Sequence[str]) -> dict[str, Any]:
-    from fairlead.config import parse_override
+    from fairlead.config_file import parse_override
 
     return dict(parse_override(text) for text in settings)
 

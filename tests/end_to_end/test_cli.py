@@ -16,7 +16,7 @@ import yaml
 from tests.end_to_end.rows import ROWS, SCRATCH, settings, write
 
 from fairlead.cli import main
-from fairlead.config import read_mapping
+from fairlead.config_file import read_mapping
 from fairlead.pipeline_file import nest
 from fairlead.training import checkpoint
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fairlead.config import suggest
+from fairlead.config_file import suggest
 from fairlead.errors import ConfigError
 from fairlead.types import Algorithm
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from fairlead.config import ModelSection, Recipe, suggest
+from fairlead.config import ModelSection, Recipe
+from fairlead.config_file import suggest
 from fairlead.data.records import load_records, prompt_key
 from fairlead.data.render import Renderer, Tree
 from fairlead.errors import ConfigError, ModelError, RunError
