@@ -365,7 +365,11 @@ def _without_effect(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
     rules = [
         ("train.epochs", recipe.train.steps is not None, "train.steps wins"),
         ("optim.warmup_ratio", recipe.optim.warmup_steps is not None, "optim.warmup_steps wins"),
-        ("data.eval_fraction", recipe.data.eval_path is not None, "data.eval_path wins"),
+        (
+            "data.eval_fraction",
+            bool(recipe.data.eval_fraction) and recipe.data.eval_path is not None,
+            "data.eval_path wins",
+        ),
         ("optim.min_learning_rate_ratio", recipe.optim.schedule == "constant", "the schedule is constant"),
         ("optim.betas", recipe.optim.name == "sgd", "sgd has none"),
         ("optim.eps", recipe.optim.name == "sgd", "sgd has none"),
