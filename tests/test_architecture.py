@@ -26,13 +26,13 @@ LAYERS = [
     {"training", "tracking", "rollout"},
     {"algorithms"},
     {"report", "health", "planning"},
-    {"assemble", "runner"},
+    {"assemble", "manifest", "runner"},
     {"evaluation"},
-    {"cli", "pipeline", "pipeline_file", "sweep", "demo", "studio"},
+    {"cli", "pipeline", "pipeline_file", "sweep", "demo", "studio", "__main__"},
 ]
 """Imports point down: a room imports itself and rooms of layers above it in this list."""
 
-NEIGHBOURS = {("runner", "assemble")}
+NEIGHBOURS = {("runner", "assemble"), ("runner", "manifest"), ("manifest", "assemble")}
 """Imports inside a layer, besides those of the last one, whose rooms are the ways in."""
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -149,13 +149,13 @@ def report(
 def demo(
     out: Annotated[Path, typer.Option(help="folder to work in")] = Path("runs/demo"),
     seed: int = 0,
-    seeds: Annotated[int, typer.Option(help="repeat over this many seeds and test the gain")] = 1,
+    seeds: Annotated[int, typer.Option(help="repeat over this many seeds, from --seed on, and test the gain")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole chain offline on a miniature question-and-answer site whose true quality is known."""
     from fairlead.demo.run import run_demo, run_seeds
 
-    summary = run_demo(out, seed=seed) if seeds == 1 else run_seeds(out, seeds=seeds)
+    summary = run_demo(out, seed=seed) if seeds == 1 else run_seeds(out, seeds=range(seed, seed + seeds))
     if as_json:
         _print(summary, True, "")
 

@@ -350,7 +350,8 @@ def _can_continue(task: _Task) -> bool:
     if task.stage.verb != "train" or not run.recipe.exists():
         return True
     from fairlead.assemble import Given
-    from fairlead.runner import fingerprints, resolve
+    from fairlead.manifest import fingerprints
+    from fairlead.runner import resolve
 
     inputs = _read_json(run.manifest).get("inputs")
     same_recipe = yaml.safe_load(run.recipe.read_text("utf-8")) == settings

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import platform
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +20,15 @@ from fairlead.algorithms.stage import Stage
 from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import RunError
+from fairlead.manifest import fingerprints, write_manifest
 from fairlead.models.export import save_model
-from fairlead.models.load import resolve_folder
 from fairlead.rollout.native import NativeSampler
-from fairlead.tracking import Console, MetricsLog, RunDirectory, file_sha256, open_sink, tree_sha256
+from fairlead.tracking import Console, MetricsLog, RunDirectory, open_sink
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
 from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
 from fairlead.types import Algorithm, Observer, Sampling
 
-FORMAT_VERSION = 1
 SAMPLE_TOKENS = 64
 
 
@@ -126,7 +121,10 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
             stage, notes = assemble(recipe, algorithm, given, path)
             source = algorithm.source(stage)
             measure = algorithm.evaluation(stage) if stage.eval_records else dict
-            _write_manifest(directory, stage, algorithm, inputs, (*resolved.warnings, *notes))
+            notes = (*resolved.warnings, *notes)
+            write_manifest(directory, stage, algorithm, inputs, notes)
+            for note in notes:
+                _say(note)
             return _train(directory, stage, algorithm, source, measure)
         except BaseException:
             _discard_unbegun(directory)
@@ -288,100 +286,13 @@ def stop_signals(checkpointer: Checkpointer) -> Iterator[None]:
 
 
 def _refuse_finished(directory: RunDirectory) -> None:
-    if directory.summary.is_file() and directory.model.is_dir():
-        import json
-
-        if json.loads(directory.summary.read_text("utf-8")).get("status") == "finished":
-            raise RunError(
-                f"{directory.path} holds a finished run of this recipe",
-                hint=f"choose another run.name, or remove {directory.path}",
-            )
-
-
-def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
-    """Hashes of everything the run reads, by setting."""
-    found: dict[str, dict[str, str]] = {}
-    places = {
-        "data.path": recipe.data.path if given.data is None else None,
-        "data.eval_path": recipe.data.eval_path if given.eval_data is None else None,
-        "model.path": recipe.model.path,
-        "model.tokenizer": recipe.model.tokenizer,
-        "reward": getattr(recipe.settings, "reward", None),
-    }
-    for key, place in places.items():
-        for name in (place,) if isinstance(place, str) else place or ():
-            path = Path(name)
-            if key in ("model.path", "reward") and path.is_dir():
-                path = resolve_folder(name) or path
-            if path.exists():
-                found[key if isinstance(place, str) else f"{key}: {name}"] = {
-                    "path": name,
-                    "sha256": tree_sha256(path) if path.is_dir() else file_sha256(path),
-                }
-    if given.model is not None:
-        digest = hashlib.sha256()
-        for name, tensor in given.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        found["model"] = {"path": "given in Python", "sha256": digest.hexdigest()}
-    return found
-
-
-def _write_manifest(
-    directory: RunDirectory, stage: Stage, algorithm: Algorithm[Any], inputs: dict[str, Any], notes: Sequence[str]
-) -> None:
-    import json
-
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    if directory.manifest.is_file():
-        before = json.loads(directory.manifest.read_text("utf-8"))
-        created = before["created"]
-        changed = [name for name in inputs if before["inputs"].get(name) != inputs[name]]
-        if changed:
-            raise RunError(
-                f"{directory.path} was begun with another content of {', '.join(changed)}",
-                hint="bring the old content back, or start again under another run.name",
-            )
-    directory.write_json(
-        "manifest.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "algorithm": algorithm.name,
-            "name": directory.path.name,
-            "created": created,
-            "seed": stage.recipe.seed,
-            "versions": versions(),
-            "hardware": {
-                "device": str(stage.models.device),
-                "processor": _processor(stage.models.device),
-                "threads": torch.get_num_threads(),
-            },
-            "inputs": inputs,
-            "data": stage.counts,
-            "parameters": stage.models.parameter_counts(),
-            "notes": list(notes),
-        },
-    )
-    for note in notes:
-        _say(note)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("fairlead", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not directory.summary.is_file() or not directory.model.is_dir():
+        return
+    if directory.read_json("summary.json").get("status") == "finished":
+        raise RunError(
+            f"{directory.path} holds a finished run of this recipe",
+            hint=f"choose another run.name, or remove {directory.path}",
+        )
 
 
 def _summary(directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, status: str) -> dict[str, Any]:

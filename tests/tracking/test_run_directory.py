@@ -212,3 +212,12 @@ def test_the_hash_of_a_missing_folder_is_an_error_and_not_that_of_an_empty_one(t
 def test_reading_run_directories_needs_neither_torch_nor_rich():
     with run_python("import sys, fairlead.tracking; print({'torch', 'rich', 'wandb'} & set(sys.modules))") as process:
         assert process.communicate()[0] == "set()\n"
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]"])
+def test_a_damaged_json_file_is_named(tmp_path: Path, content: str) -> None:
+    run = RunDirectory.create(tmp_path / "run", "seed: 0\n")
+    (run.path / "manifest.json").write_text(content)
+
+    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
+        run.read_json("manifest.json")

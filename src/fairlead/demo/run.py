@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,18 @@ def show(summary: dict[str, Any], out: Path) -> None:
     )
 
 
-def run_seeds(out: Path, *, seeds: int) -> dict[str, Any]:
+def run_seeds(out: Path, *, seeds: Sequence[int]) -> dict[str, Any]:
     """The demo over several seeds: per-prompt gains in gold over SFT, pooled, with a sign-flip test."""
     from fairlead.evaluation.metrics import sign_flip_p_value
 
-    for seed in range(seeds):
+    for seed in seeds:
         run_demo(out / f"seed-{seed}", seed=seed)
-    result: dict[str, Any] = {"seeds": seeds, "models": {}}
+    result: dict[str, Any] = {"seeds": list(seeds), "models": {}}
     for model in MODELS[1:]:
         gains: list[float] = []
         prompts: list[str] = []
         by_seed: list[float] = []
-        for seed in range(seeds):
+        for seed in seeds:
             before, after = (_gold(out / f"seed-{seed}" / name) for name in ("sft", model))
             mine = [after[prompt] - before[prompt] for prompt in before]
             gains += mine

@@ -59,6 +59,22 @@ class Run:
     def algorithm(self) -> str:
         return str(self.manifest.get("algorithm") or self.recipe.get("algorithm") or "unknown")
 
+    @property
+    def notes(self) -> list[Any]:
+        found = self.manifest.get("notes")
+        return found if isinstance(found, list) else []
+
+    @property
+    def end(self) -> Row:
+        """Status, steps, tokens and seconds: from the summary, else from the last logged step."""
+        last = self.metrics[-1] if self.metrics else {}
+        return {
+            "status": str(self.summary.get("status") or ("unfinished" if self.metrics else "not started")),
+            "steps": self.summary.get("steps", last.get("step")),
+            "tokens": self.summary.get("tokens", last.get("tokens")),
+            "seconds": self.summary.get("seconds", last.get("seconds")),
+        }
+
     def points(self, *names: str) -> list[tuple[float, ...]]:
         """(step, value, value ...) of the steps at which all `names` were finite."""
         rows = ([finite(row.get(name)) for name in ("step", *names)] for row in self.metrics)

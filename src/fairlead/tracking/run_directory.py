@@ -165,6 +165,20 @@ class RunDirectory:
                     file.truncate(end)  # half a line would spoil the next one
                 raise
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """An object written by ``write_json``. Raises ``RunError`` when it is damaged."""
+        path = self.path / name
+        with _explained("read", path):
+            data = path.read_bytes()
+        hint = "restore it, or start again under another run.name"
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", hint) from error
+        if not isinstance(value, dict):
+            raise RunError(f"{path} is damaged: it holds no object", hint)
+        return value
+
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
         """The rows of a file; none where it is missing. A last line torn by a crash is left out."""
         return [row for _, row in self._lines(name)]

@@ -146,11 +146,13 @@ def verify(folder: Path) -> str | None:
 
 def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; a damaged one is named and passed over."""
-    for folder in reversed(_by_step(checkpoints)):
+    folders = _by_step(checkpoints)
+    while folders:
+        folder = folders.pop()
         problem = verify(folder)
         if problem is None:
             return folder
-        say(f"{problem}; the checkpoint before it is used")
+        say(f"{problem}; {'the checkpoint before it is used' if folders else 'the run begins anew'}")
     return None
 
 
