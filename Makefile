@@ -6,10 +6,10 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange lint check clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 environment: ## make or update .venv (PYTHON=python3.12 chooses the interpreter)
 	@bash scripts/environment
@@ -31,6 +31,9 @@ lint: environment ## check style, format and types
 
 check: environment ## lint and test, as before every push
 	@bash scripts/check
+
+bench-stack-exchange: environment ## time `prepare stack-exchange` (FAIRLEAD_DATA=folder ARGS="--sizes 20")
+	.venv/bin/python benchmarks/stack_exchange.py $(ARGS)
 
 clean: ## remove .venv, caches and build results; runs/ stays
 	rm -rf .venv .venv.lock build dist .pytest_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ LAYERS = [
     {"algorithms"},
     {"report", "health", "planning"},
     {"assemble", "manifest", "runner"},
-    {"evaluation"},
+    {"evaluation", "inspection"},
     {"cli", "pipeline", "pipeline_file", "sweep", "demo", "studio", "__main__"},
 ]
 """Imports point down: a room imports itself and rooms of layers above it in this list."""

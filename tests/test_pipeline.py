@@ -359,6 +359,8 @@ def test_a_typo_in_a_late_stage_fails_before_anything_ran(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     given = [f"data.path={pairs}"]
     for source, message in (
+        (changed(prepared={"heldouts": 0.4}), "stage prepared: hh-rlhf has no option 'heldouts'\nhint: .*heldout"),
+        (changed(prepared={"prepare": "hh"}), "stage prepared: unknown kind of data 'hh'"),
         (changed(reward={"optim.learning_rat": 1e-3}), "stage reward: unknown key 'optim.learning_rat'"),
         (changed(evaluation={"num_promts": 2}), "stage evaluation: no setting 'num_promts'\nhint: .*num_prompts"),
         (changed(reward={"data.eval_path": "missing.jsonl"}), r"stage reward: missing\.jsonl does not exist"),

@@ -12,13 +12,14 @@ import torch
 
 from fairlead.algorithms.stage import Stage
 from fairlead.config import Recipe
-from fairlead.data.records import load_records, prompt_key, split_records
+from fairlead.data.filters import apply_filters, refuse_unlearnable, responses, turn_texts
+from fairlead.data.records import RecordType, has_heldout, load_records, prompt_key, split_records, statement
 from fairlead.data.render import Renderer
 from fairlead.data.sources import Counts
 from fairlead.errors import ConfigError
-from fairlead.models.load import Base, load_base, load_tokenizer, pick_device, prepare
+from fairlead.models.load import add_tokens, load_base, load_tokenizer, pick_device, prepare, tokenizer_for
 from fairlead.models.roles import Models
-from fairlead.types import Algorithm, Demonstration, Preference, Prompt, Record, Text
+from fairlead.types import Algorithm, Prompt, Record, Text
 
 TOKENIZER_TEXTS = 200_000
 """Texts a tokenizer from scratch is trained on, at most."""
@@ -38,9 +39,21 @@ class Given:
 
 def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path) -> tuple[Stage, tuple[str, ...]]:
     """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait."""
-    records, held_out, counts = load_data(recipe, algorithm, given)
+    if recipe.data.packing == "wrapped" and algorithm.record is not Text:
+        raise ConfigError(
+            f"data.packing=wrapped cuts rows anywhere, which {algorithm.name} cannot take: it is for plain text",
+            hint="data.packing=best-fit",
+        )
+    records, held_out, counts = load_data(recipe, algorithm.record, given)
+    tokenizer, template = _tokenizer(recipe, given, texts_of(records))
+    renderer = renderer_for(recipe, tokenizer, template)
+    if algorithm.record is not Prompt:
+        refuse_unlearnable(renderer, records)
     device = pick_device(recipe.model.device)
-    base = _base(recipe, given, device, _texts(records))
+    if given.model is None:
+        base = load_base(recipe.model, tokenizer, template, seed=recipe.seed, device=device)
+    else:
+        base = prepare(given.model, tokenizer, template, device, added=recipe.model.add_tokens, seed=recipe.seed)
     settings = recipe.settings
     value = getattr(settings, "value", None)
     trunk = "shared"
@@ -56,7 +69,20 @@ def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Pa
         seed=recipe.seed,
         autocast=torch.bfloat16 if device.type == "cuda" and recipe.model.dtype == "auto" else None,
     )
-    new_tokens = getattr(settings, "max_new_tokens", None)
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length={recipe.data.max_length}, but the model's positions end at {limit}",
+            hint=f"set data.max_length={limit} or less",
+        )
+    rows = {split: _rows(count) for split, count in counts.items()}
+    stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, rows)
+    return stage, (*(statement(count, algorithm.record) for count in counts.values()), *base.notes)
+
+
+def renderer_for(recipe: Recipe, tokenizer: Any, template: str | None) -> Renderer:
+    """What renders the records of a stage. ``template`` is the one its base was trained with, when known."""
+    new_tokens = getattr(recipe.settings, "max_new_tokens", None)
     max_prompt = recipe.data.max_prompt_length
     if max_prompt is None and new_tokens is not None:
         max_prompt = recipe.data.max_length - new_tokens
@@ -65,44 +91,37 @@ def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Pa
                 f"data.max_length={recipe.data.max_length} leaves no room for a prompt and {new_tokens} new tokens",
                 hint="raise data.max_length or lower max_new_tokens",
             )
-    limit = getattr(base.model.config, "max_position_embeddings", None)
-    if limit is not None and recipe.data.max_length > limit:
-        raise ConfigError(
-            f"data.max_length={recipe.data.max_length}, but the model's positions end at {limit}",
-            hint=f"set data.max_length={limit} or less",
-        )
-    renderer = Renderer(
-        base.tokenizer,
-        template=(base.template or "auto") if recipe.data.template == "auto" else recipe.data.template,
+    return Renderer(
+        tokenizer,
+        template=(template or "auto") if recipe.data.template == "auto" else recipe.data.template,
         max_length=recipe.data.max_length,
         max_prompt_length=max_prompt,
+        loss_on=recipe.data.loss_on,
     )
-    stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, counts)
-    return stage, base.notes
 
 
-def load_data(
-    recipe: Recipe, algorithm: Algorithm[Any], given: Given
-) -> tuple[list[Any], list[Any], dict[str, dict[str, Any]]]:
-    """Training and held-out records, and what became of the rows."""
+def load_data(recipe: Recipe, record: RecordType, given: Given) -> tuple[list[Any], list[Any], dict[str, Counts]]:
+    """Training and held-out records, and what became of the rows of each, where they are rows of their own."""
     data = recipe.data
     source = data.path if given.data is None else given.data
     if source is None:
         raise ConfigError("no data: data.path is not given", hint="for example data.path=pairs.jsonl")
-    records, counts = load_records(source, algorithm.record, limit=data.limit)
+    form: dict[str, Any] = {"format": data.format, "columns": data.columns}
+    records, counts = load_records(source, record, limit=data.limit, weights=data.weights, **form)
+    records = apply_filters(records, data.filter, counts)
     held_out: list[Any] = []
     eval_counts: Counts | None = None
     eval_source = data.eval_path if given.eval_data is None else given.eval_data
     if eval_source is not None:
-        held_out, eval_counts = load_records(eval_source, algorithm.record, heldout=True)
+        held_out, eval_counts = load_records(eval_source, record, heldout=True, **form)
     elif data.eval_fraction:
         records, held_out = split_records(records, data.eval_fraction, recipe.seed)
-    elif (isinstance(source, str) and any(Path(source).glob("heldout_*.jsonl")) and algorithm.record is not Text) or (
-        isinstance(source, str) and (Path(source) / "heldout_pretrain.jsonl").is_file()
-    ):
-        held_out, eval_counts = load_records(source, algorithm.record, heldout=True)
+    elif given.data is None and data.path is not None:
+        paths = [data.path] if isinstance(data.path, str) else data.path
+        if prepared := [path for path in paths if has_heldout(path, record)]:
+            held_out, eval_counts = load_records(prepared, record, heldout=True, **form)
     _refuse_leakage(records, held_out)
-    return records, held_out, {"train": _rows(counts)} | ({"eval": _rows(eval_counts)} if eval_counts else {})
+    return records, held_out, {"train": counts} | ({"eval": eval_counts} if eval_counts else {})
 
 
 def _refuse_leakage(records: Sequence[Record], held_out: Sequence[Record]) -> None:
@@ -120,30 +139,24 @@ def _rows(counts: Counts) -> dict[str, Any]:
     return {"read": counts.read, "kept": counts.kept, "cut": 0, "dropped": dict(counts.dropped)}
 
 
-def _base(recipe: Recipe, given: Given, device: torch.device, texts: Iterator[str]) -> Base:
+def _tokenizer(recipe: Recipe, given: Given, texts: Iterator[str]) -> tuple[Any, str | None]:
     if given.model is None:
-        return load_base(recipe.model, seed=recipe.seed, device=device, texts=texts)
+        return tokenizer_for(recipe.model, texts)
     tokenizer = given.tokenizer or (load_tokenizer(recipe.model.tokenizer) if recipe.model.tokenizer else None)
     if tokenizer is None:
         raise ConfigError("a loaded model was given without its tokenizer", hint="pass tokenizer=...")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return prepare(given.model, tokenizer, None, device)
+    add_tokens(tokenizer, recipe.model)
+    return tokenizer, None
 
 
-def _texts(records: Sequence[Record]) -> Iterator[str]:
+def texts_of(records: Sequence[Record]) -> Iterator[str]:
     """What a tokenizer from scratch is trained on."""
     for record in islice(records, TOKENIZER_TEXTS):
-        if isinstance(record, Text):
-            yield record.text
-            continue
-        yield (
-            record.prompt if isinstance(record.prompt, str) else "\n\n".join(turn["content"] for turn in record.prompt)
-        )
-        if isinstance(record, Demonstration):
-            yield record.response
-        elif isinstance(record, Preference):
-            yield from (record.chosen, record.rejected)
+        if not isinstance(record, Text):
+            yield "\n\n".join(turn_texts(record.prompt))
+        yield from responses(record)
 
 
 def sample_prompts(stage: Stage, number: int) -> list[Prompt]:

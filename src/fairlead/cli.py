@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fairlead.errors import FairleadError
+from fairlead.errors import ConfigError, FairleadError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,23 +56,75 @@ def resume(
 
 @app.command()
 def prepare(
-    kind: Annotated[str, typer.Argument(help="hh-rlhf or stack-exchange")],
-    source: Annotated[Path, typer.Argument(help="the published file or folder")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    kind: Annotated[str | None, typer.Argument(help="a kind of data; --list names them")] = None,
+    source: Annotated[str | None, typer.Argument(help="the published file or folder, as --from")] = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write")] = None,
+    path: Annotated[Path | None, typer.Option("--from", help="a local copy; without one the data are fetched")] = None,
     text: Annotated[Path | None, typer.Option(help="plain text for pretraining: a file or folder")] = None,
     seed: int = 0,
-    settings: Settings = None,
+    as_list: Annotated[bool, typer.Option("--list", help="print the kinds with source, licence and options")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn raw data as its owners publish it into records, split by prompt, with every dropped row counted."""
     from fairlead.config_file import parse_override
+    from fairlead.data.prepare import check_options, describe_kinds
     from fairlead.data.prepare import prepare as run
 
+    if as_list:
+        kinds = describe_kinds()
+        _print(kinds, as_json, "\n".join(map(_kind_lines, kinds)))
+        return
+    if kind is None or out is None:
+        missing = "a kind of data" if kind is None else "--out DIR"
+        raise ConfigError(f"{missing} is not given", "fairlead prepare KIND --out DIR; --list names the kinds")
+    if source is not None and "=" in source and not Path(source).exists():  # no source, but the first setting
+        settings, source = [source, *(settings or [])], None
+    if source is not None and path is not None:
+        raise ConfigError(f"the data are given twice: {source} and --from {path}", "give one of them")
     options = dict(parse_override(setting) for setting in settings or [])
-    manifest = run(kind, source, out, text=text, seed=seed, **options)
+    own = {"seed": options.pop("seed", seed), "text": options.pop("text", text)}
+    check_options(kind, options)
+    manifest = run(kind, path or source, out, **own, **options)
     counts = manifest["counts"]
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items())
     _print(manifest, as_json, f"{out}: {counts['read']} read, {counts['kept']} kept; dropped: {dropped or 'none'}")
+
+
+def _kind_lines(kind: dict[str, Any]) -> str:
+    use = " (research only)" if kind["research_only"] else ""
+    options = [f"    {option['name']}={_yaml(option['default'])}  {option['help']}" for option in kind["options"]]
+    return "\n".join(
+        [
+            f"{kind['name']}: {kind['about']}",
+            f"  {kind['source'] or 'your own files'}",
+            f"  licence: {kind['licence']}{use}",
+            *options,
+            "",
+        ]
+    )
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="a recipe, or data: a file, a folder or a hub id")],
+    settings: Settings = None,
+    kind: Annotated[str | None, typer.Option("--as", help="kind of record: text, preference, ranking ...")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the same as a page")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="records to draw as the model sees them")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in data before anything is trained on them: counts, lengths, masks, duplicates, length bias."""
+    from fairlead.data.inspect.show import print_inspection, write_page
+    from fairlead.inspection import inspect as run
+
+    found = run(target, settings or [], kind=kind, rows=rows)
+    if html is not None:
+        write_page(found, html)
+    if as_json:
+        _print(found.as_dict(), True, "")
+    else:
+        print_inspection(found)
 
 
 @app.command()
@@ -223,7 +275,8 @@ def main() -> None:
     """Run the command line; a user's mistake ends in one message and an exit code of its own, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.argv[1:2] != ["prepare"]:  # which may fetch gigabytes
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.getcwd() not in sys.path:  # `module:function` names a file that stands here; a console script does not look
         sys.path.append(os.getcwd())
     try:

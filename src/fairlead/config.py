@@ -79,6 +79,9 @@ class ModelSection(Section):
     """Start from random weights instead of `path`."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the model's own when not given."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens the tokenizer gets where it has them not, a template's for example; the embeddings grow, the new
+    rows begin at the mean of the others."""
     adapter: AdapterSection | None = None
     """Train LoRA adapters instead of all weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
@@ -97,23 +100,58 @@ class ModelSection(Section):
         return self
 
 
+class FilterSection(Section):
+    """What is left out of the training records, each counted by its reason."""
+
+    dedupe: Literal["none", "exact", "near"] = "none"
+    """exact: of records that are equal, the first stays; near: also of those whose words are nearly the same."""
+    near_similarity: float = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity of 5-word shingles above which two records are near duplicates."""
+    min_response_length: int | None = Field(default=None, ge=1)
+    """Characters; records with a shorter response are left out."""
+    max_response_length: int | None = Field(default=None, ge=1)
+    """Characters; records with a longer response are left out."""
+    min_margin: float | None = Field(default=None, ge=0)
+    """Pairs whose score margin is smaller, or unknown, are left out."""
+    language: str | None = None
+    """ISO 639-1 code: records in another language are left out (needs the extra `data`)."""
+    contamination: tuple[str, ...] = ()
+    """Files of evaluation records; training records that share a prompt with them, or nearly, are left out."""
+
+
 class DataSection(Section):
     path: str | tuple[str, ...] | None = None
-    """File of records (.jsonl, .json, .jsonl.gz), a folder written by `fairlead prepare`, or a hub id of `datasets`."""
+    """A file of records in any format that `fairlead inspect` recognises, a folder written by `fairlead prepare` or by
+    `datasets`, a hub id, or several of these."""
+    weights: tuple[float, ...] | None = None
+    """With several paths, one number each: 2 takes every record of a source twice an epoch, 0.5 half of them."""
+    format: str = "auto"
+    """The name of a format, where its rows are not recognised as what they are."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field -> the column that holds it, for files with names of their own: {prompt: instruction, response: output}."""
     eval_path: str | None = None
     """Held-out records; `eval_fraction` of `path` when not given."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the prompts kept for evaluation, chosen by a hash of the prompt."""
+    filter: FilterSection = FilterSection()
     template: str = "auto"
-    """How turns become text: auto (the model's, else plain), plain, question-answer, hh, chat (the tokenizer's own)."""
+    """How turns become text: auto (the model's, else plain), chat (the tokenizer's own), or a named one: plain,
+    question-answer, hh, hash, chatml, llama-3, alpaca."""
+    loss_on: Literal["response", "assistant", "all"] = "response"
+    """Which tokens of a demonstration are learned: the last response, every assistant turn, or all."""
     max_length: int = Field(default=512, ge=2)
     """Longest row in tokens; what is longer is cut at the end, and counted."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Records with a longer prompt are dropped, and counted; max_length - 1 when not given."""
-    packing: bool = True
-    """Runs side by side without padding; false: one record a row, padded to the longest."""
+    packing: Literal["none", "best-fit", "wrapped"] = "best-fit"
+    """best-fit: runs side by side without padding, none cut; wrapped (plain text only): texts end to end, cut into rows
+    of max_length; none: one record a row, padded to the longest."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first records only."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that tokenise; 0: as many as there are cores."""
+    cache: str | None = None
+    """Folder of tokenised records, keyed by content; null: in the user's cache folder; none: not cached."""
 
 
 class OptimSection(Section):

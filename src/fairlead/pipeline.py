@@ -178,9 +178,11 @@ _Resolved = tuple[dict[str, Any], Callable[[], Any]]
 
 
 def _prepare(stage: Stage) -> _Resolved:
-    from fairlead.data.prepare import prepare
+    from fairlead.data.prepare import check_options, prepare
 
     settings = nest(stage.settings)
+    own = ("path", "text", "seed")
+    check_options(stage.subject, {key: value for key, value in settings.items() if key not in own})
     return {"prepare": stage.subject, **settings}, _bind(prepare, settings, kind=stage.subject, out=stage.folder)
 
 
@@ -327,7 +329,7 @@ def _output(stage: Stage) -> str | None:
     if stage.verb == "train":
         return tree_sha256(folder / "model") if (folder / "model").is_dir() else None
     files = {
-        "prepare": sorted(folder.glob("*.jsonl")),
+        "prepare": sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")]),
         "cross_validate": [folder / "crossval.json"],
         "evaluate": [folder / "metrics.json"],
         "report": [_page(stage)],

@@ -233,7 +233,7 @@ class _Samples:
             [
                 {
                     "step": progress.step,
-                    "prompt": stage.renderer.prompt_text(rollout.prompt.prompt),
+                    "prompt": stage.renderer.prompt_text(rollout.prompt),
                     "response": rollout.text,
                     "finished": rollout.finished,
                 }
@@ -251,7 +251,7 @@ def _save(directory: RunDirectory, stage: Stage, checkpointer: Checkpointer) -> 
     temporary = directory.path / ".writing-model"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_model(stage.models, temporary, template=stage.renderer.template)
+        save_model(stage.models, temporary, template=stage.renderer.template, eos=stage.renderer.eos)
         shutil.rmtree(directory.model, ignore_errors=True)
         temporary.rename(directory.model)
     except OSError as error:

@@ -15,17 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Generic, NotRequired, Protocol, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 
 class Message(TypedDict):
-    """One turn of a conversation; ``role`` is system, user or assistant."""
+    """One turn of a conversation; ``role`` is system, user, assistant or tool."""
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    """What the assistant thought before it answered, where the data set keeps it apart."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """As transformers' chat templates take them: {"type": "function", "function": {"name", "arguments"}}."""
+    counts: NotRequired[bool]
+    """False for an assistant turn that is context only, never learned."""
 
 
 Conversation = str | Sequence[Message]
@@ -42,12 +48,17 @@ class Text:
     text: str
 
 
+Tools = tuple[Mapping[str, Any], ...]
+"""Function descriptions (JSON schema), handed to the chat template."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A response worth imitating; the response's tokens count."""
+    """A response worth imitating. A ``Message`` where it is more than text: a tool call, or reasoning kept apart."""
 
     prompt: Conversation
-    response: str
+    response: str | Message
+    tools: Tools = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,26 @@ class Preference:
     chosen: str
     rejected: str
     margin: float | None = None
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Responses to one prompt, best first; ``scores``, as many and falling, where the data set has them. Equal scores
+    are ties."""
+
+    prompt: Conversation
+    responses: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One response and whether it is a good one. The prompt may be empty: a review and its sentiment."""
+
+    prompt: Conversation
+    response: str
+    label: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +97,10 @@ class Prompt:
 
     prompt: Conversation
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tools: Tools = ()
 
 
-Record = Text | Demonstration | Preference | Prompt
+Record = Text | Demonstration | Preference | Ranking | Labelled | Prompt
 
 
 # --- batches: what a model call takes ------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
 def test_the_order_depends_on_the_seed_alone() -> None:
     assert walk(source(epochs=2)) == walk(source(epochs=2))
     assert walk(source(epochs=2)) != walk(source(epochs=2, seed=1))
-    order = [i for step in walk(source()) for i in step]
-    assert order == [i for step in walk(source(batch_size=3, micro_batch_tokens=100)) for i in step]
+    order = [i for step in walk(source(packed=False)) for i in step]
+    assert order == [i for step in walk(source(packed=False, batch_size=3, micro_batch_tokens=100)) for i in step]
+    packed = [sorted(step) for step in walk(source())]
+    assert packed == [sorted(order[at : at + 4]) for at in (0, 4, 8)]
 
 
 @pytest.mark.parametrize("stop", range(10))
@@ -93,6 +95,12 @@ def test_a_batch_is_cut_into_micro_batches_within_the_token_budget() -> None:
     steps = list(source())
     assert max(map(len, steps)) > 1
     assert all(batch.num_tokens <= 10 for step in steps for batch in step)
+
+
+def test_a_packed_batch_needs_as_few_micro_batches_as_fit() -> None:
+    """All ten examples, 45 tokens, in five of ten: 8+2, 7+3, 6+4, 5+5, 3+2."""
+    (step,) = source(batch_size=10)
+    assert sorted(batch.num_tokens for batch in step) == [5, 10, 10, 10, 10]
 
 
 def test_for_evaluation_every_example_comes_once_in_the_order_given() -> None:

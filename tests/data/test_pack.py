@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fairlead.data.pack import by_response, micro_batches, pack_text, preference_batch, rollout_batch, token_batch
+from fairlead.data.pack import (
+    best_fit,
+    by_response,
+    micro_batches,
+    pack_text,
+    pack_whole,
+    packing_report,
+    preference_batch,
+    rollout_batch,
+    token_batch,
+)
 from fairlead.data.render import Tree
 from fairlead.types import TokenBatch
 
@@ -64,6 +75,20 @@ def test_the_types_are_those_a_model_takes() -> None:
     dtypes = {name: getattr(batch, name).dtype for name in FIELDS}
     assert dtypes.pop("loss_mask") == torch.bool
     assert set(dtypes.values()) == {torch.int64}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_of_a_prompt_that_count_are_those_its_mask_names_but_never_the_first_of_a_row(packed: bool) -> None:
+    forest = [Tree((10, 11, 12), ((20,),), (True, False, True)), Tree((30, 31), ((40,),), (False, True))]
+    batch = token_batch(forest, packed=packed, pad_id=PAD)
+    assert batch.input_ids[batch.loss_mask].tolist() == [12, 20, 31, 40]
+    assert batch.sequence_ids[batch.loss_mask].tolist() == [0, 0, 1, 1]
+    assert batch.counts["token"] == 4.0
+
+
+def test_of_a_shared_prompt_no_token_can_count() -> None:
+    with pytest.raises(AssertionError, match="a shared prompt belongs to no sequence"):
+        token_batch([Tree((1, 2), ((3,), (4,)), (False, True))], packed=True, pad_id=PAD)
 
 
 tokens = st.integers(1, 50)
@@ -206,6 +231,88 @@ def test_pieces_of_different_texts_do_not_see_each_other() -> None:
     assert batch.subtree_end.tolist() == [[2, 2, 4, 4]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
     assert batch.loss_mask.tolist() == [[False, True, False, True]]
+
+
+def test_whole_texts_share_a_row_where_they_fit_and_longer_ones_are_cut_first() -> None:
+    """Pieces of 4, 2, 3, 1 and 2 tokens; the one token alone is left out."""
+    rows = pack_whole([text(1, 2, 3, 4, 5, 6), text(7, 8, 9), text(10), text(11, 12)], 4)
+    assert rows == [[text(1, 2, 3, 4)], [text(5, 6), text(11, 12)], [text(7, 8, 9)]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=10), st.integers(2, 7))
+def test_rows_of_whole_texts_hold_every_token_but_pieces_of_one(lengths: list[int], length: int) -> None:
+    texts = [text(*range(100 * i, 100 * i + size)) for i, size in enumerate(lengths)]
+    rows = pack_whole(texts, length)
+    held = sorted(token for row in rows for piece in row for token in piece.responses[0])
+    lost = [100 * i + size - 1 for i, size in enumerate(lengths) if size % length == 1]
+    assert held == sorted({token for tree in texts for token in tree.responses[0]} - set(lost))
+    assert all(sum(piece.num_tokens for piece in row) <= length for row in rows)
+
+
+# --- best fit ------------------------------------------------------------------------------------------------------
+
+
+def test_best_fit_by_hand() -> None:
+    """Into bins of 10: 7 and 3, 6 and 4, 2. First-fit in the order given would need 4+2+3, 7, 6."""
+    assert best_fit([4, 2, 7, 6, 3], 10) == [[0, 3], [1], [2, 4]]
+    assert best_fit([], 10) == []
+    assert best_fit([11, 10, 1], 10) == [[0], [1], [2]]  # what is too large stands alone
+
+
+def test_an_item_goes_where_the_least_room_is_left() -> None:
+    """After 7 and 6 the 3 comes when rooms of 3 and 0 are left: 6 took the 4."""
+    assert best_fit([6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
+    assert best_fit([5, 6, 4], 10) == [[0], [1, 2]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(1, 25))
+def test_best_fit_loses_nothing_and_overfills_nothing_and_no_two_bins_could_be_one(
+    sizes: list[int], capacity: int
+) -> None:
+    bins = best_fit(sizes, capacity)
+    assert sorted(index for one in bins for index in one) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in one) <= capacity or len(one) == 1 for one in bins)
+    assert all(one == sorted(one) for one in bins)
+    assert [one[0] for one in bins] == sorted(one[0] for one in bins)
+    loads = sorted(sum(sizes[i] for i in one) for one in bins)
+    assert all(a + b > capacity for a, b in pairwise(loads))
+
+
+@settings(deadline=None)
+@given(st.permutations([7, 3, 6, 4, 5, 5, 8, 2, 9, 1, 4, 3, 3]))
+def test_best_fit_fills_bins_that_can_be_filled_whatever_the_order(sizes: list[int]) -> None:
+    """60 tokens in six bins of 10: 9+1, 8+2, 7+3, 6+4, 5+5, 4+3+3."""
+    assert len(best_fit(sizes, 10)) == 6
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [4, 8, 1, 4, 2, 1],
+        [5, 7, 5, 2, 4, 2, 5, 1, 6],
+        [3, 9, 3, 9, 3, 9, 1, 1, 1, 7, 7],
+        [6, 6, 6, 4, 4, 4, 2, 2, 2, 8, 8, 8],
+    ],
+)
+def test_best_fit_needs_no_more_bins_than_first_fit_in_the_order_given(sizes: list[int]) -> None:
+    rooms: list[int] = []
+    for size in sizes:
+        for number, room in enumerate(rooms):
+            if size <= room:
+                rooms[number] -= size
+                break
+        else:
+            rooms.append(10 - size)
+    assert len(best_fit(sizes, 10)) <= len(rooms)
+
+
+def test_the_report_of_packing_by_hand() -> None:
+    """10 tokens: padded to 6 they are 18; best-fit 6 + 3 and 1 in rows of 9 are 18; end to end they are 18 too."""
+    assert packing_report([6, 3, 1], 9) == {"padded": 10 / 18, "packed": 10 / 18, "rows": 2, "wrapped": 10 / 18}
+    assert packing_report([5, 5, 4, 4], 9) == {"padded": 18 / 20, "packed": 1.0, "rows": 2, "wrapped": 1.0}
+    assert packing_report([20, 1], 9) == {"padded": 21 / 40, "packed": 21 / 29, "rows": 2, "wrapped": 21 / 27}
 
 
 # --- micro-batches -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fairlead.data.pack import token_batch
 from fairlead.data.render import Renderer, Tree
 from fairlead.errors import DataError
-from fairlead.types import Demonstration, Message, Preference, Prompt, Text
+from fairlead.types import Demonstration, Labelled, Message, Preference, Prompt, Ranking, Text
 
 PAD, EOS, BOS = 0, 1, 2
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
@@ -46,8 +46,8 @@ def tokenizer(*, habit: bool = False, chat: str | None = None, **special: str | 
 
 
 def renderer(template: str = "plain", max_length: int = 100, **options: Any) -> Renderer:
-    limit = options.pop("max_prompt_length", None)
-    return Renderer(tokenizer(**options), template=template, max_length=max_length, max_prompt_length=limit)
+    limits = {name: options.pop(name) for name in ("max_prompt_length", "loss_on") if name in options}
+    return Renderer(tokenizer(**options), template=template, max_length=max_length, **limits)
 
 
 def only_tree(render: Renderer, record: Any) -> Tree:
@@ -105,8 +105,10 @@ def test_auto_is_the_tokenizers_own_template_where_it_has_one() -> None:
 
 
 def test_a_template_that_cannot_be_used_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"no template 'alpaca'\nhint: there are: chat, hh, plain, question-answer"):
-        renderer("alpaca")
+    with pytest.raises(DataError, match=r"no template 'vicuna'\nhint: there are: chat, alpaca, chatml, hash, hh, "):
+        renderer("vicuna")
+    with pytest.raises(DataError, match=r"loss_on='prompt' is none of response, assistant, all"):
+        renderer(loss_on="prompt")
     with pytest.raises(DataError, match=r"data\.template=chat, but the tokenizer has no chat template"):
         renderer("chat")
     with pytest.raises(DataError, match="the tokenizer has no end-of-sequence token"):
@@ -266,6 +268,50 @@ def test_plain_text_is_not_cut_and_every_token_is_a_response() -> None:
     trees, kept, counts = renderer(max_length=2).trees([Text("long text"), Text("x")])
     assert trees == [Tree((), ((*ids("long text"), EOS),)), Tree((), ((*ids("x"), EOS),))]
     assert (kept, counts.kept, counts.cut) == ([0, 1], 2, 0)
+
+
+# --- rankings and labels -------------------------------------------------------------------------------------------
+
+
+def test_a_ranking_is_a_tree_with_all_its_responses_in_their_order() -> None:
+    tree = only_tree(renderer(), Ranking("Q", ("ab", "c", "d")))
+    assert tree == Tree(ids("Q"), ((*ids("ab"), EOS), (*ids("c"), EOS), (*ids("d"), EOS)))
+
+
+def test_a_ranking_of_which_two_responses_are_cut_to_the_same_tokens_is_dropped_but_equal_ones_are_not() -> None:
+    records = [Ranking("Q", ("abc", "x", "abd")), Ranking("Q", ("x", "x", "y"))]
+    _, kept, counts = renderer(max_length=3).trees(records)
+    assert (kept, dict(counts.dropped)) == ([1], {"two responses cut to the same tokens": 1})
+
+
+@pytest.mark.parametrize("template", ["plain", "hh"])
+@pytest.mark.parametrize(("habit", "start"), [(False, EOS), (True, BOS)])
+def test_a_labelled_text_without_a_prompt_follows_a_start_token_alone(template: str, habit: bool, start: int) -> None:
+    tree = only_tree(renderer(template, habit=habit), Labelled("", "good film", True))
+    assert tree == Tree((start,), ((*ids("good film"), EOS),))
+    assert token_batch([tree], packed=True, pad_id=PAD).counts == {"token": 10.0, "sequence": 1.0}
+
+
+def test_a_labelled_response_to_a_prompt_is_rendered_as_any_other() -> None:
+    record = Labelled("Q", "B", False)
+    assert only_tree(renderer("hh"), record) == only_tree(renderer("hh"), Demonstration("Q", "B"))
+
+
+def test_what_is_learned_of_a_prompt_is_said_of_demonstrations_alone() -> None:
+    for record in (Preference(TURNS, "B", "C"), Ranking(TURNS, ("B", "C")), Labelled(TURNS, "B", True)):
+        assert only_tree(renderer("hh", loss_on="all"), record).prompt_mask == ()
+
+
+def test_an_earlier_answer_ends_as_the_model_would_have_ended_it_but_its_end_is_no_text() -> None:
+    render = renderer("hh", loss_on="assistant", max_length=200)
+    tree = only_tree(render, Demonstration(TURNS, "B"))
+    assert tree.prompt == (
+        *ids("System: S\n\nHuman: Q\n\nAssistant: A"), EOS, *ids("\n\nHuman: R\n\nAssistant:")
+    )  # fmt: skip
+    start = len("System: S\n\nHuman: Q\n\nAssistant:")
+    assert [i for i, counts in enumerate(tree.prompt_mask) if counts] == [start, start + 1, start + 2]
+    batch = token_batch([tree], packed=True, pad_id=PAD)
+    assert batch.input_ids[batch.loss_mask].tolist() == [*ids(" A"), EOS, *ids(" B"), EOS]
 
 
 def test_nothing_left_is_an_error_that_says_what_was_dropped() -> None:

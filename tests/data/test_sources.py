@@ -1,15 +1,10 @@
-import errno
-import gzip
-import json
-import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from fairlead.data.sources import read_rows, write_jsonl
+from fairlead.data.sources import read_rows, read_source, write_jsonl
 from fairlead.errors import DataError
 
 
@@ -53,13 +48,6 @@ def test_unicode_line_separators_inside_a_string_end_no_row(tmp_path: Path) -> N
     ]
 
 
-def test_gzip_is_told_by_content(tmp_path: Path) -> None:
-    data = gzip.compress(b'{"a": 1}\n')
-    assert rows_of(saved(tmp_path / "a.jsonl.gz", data)) == [{"a": 1}]
-    assert rows_of(saved(tmp_path / "b.jsonl", data)) == [{"a": 1}]
-    assert rows_of(saved(tmp_path / "c.jsonl.gz", b'{"a": 1}\n')) == [{"a": 1}]
-
-
 def test_a_json_file_holds_an_array_an_object_or_lines(tmp_path: Path) -> None:
     array = saved(tmp_path / "array.json", b'[\n  {"a": [1,\n 2]},\n\n  {"b": "],"}, {"c": {}}\n]\n')
     assert [(row.data, row.place) for row in read_rows(array)] == [
@@ -67,10 +55,8 @@ def test_a_json_file_holds_an_array_an_object_or_lines(tmp_path: Path) -> None:
         ({"b": "],"}, f"{array}:5"),
         ({"c": {}}, f"{array}:5"),
     ]
-    whole = saved(tmp_path / "object.json", b'\n{"type": "text_only",\n "instances": []}')
-    assert [(row.data, row.place) for row in read_rows(whole)] == [
-        ({"type": "text_only", "instances": []}, f"{whole}:2")
-    ]
+    whole = saved(tmp_path / "object.json", b'\n{"type": "x",\n "instances": {}}')
+    assert [(row.data, row.place) for row in read_rows(whole)] == [({"type": "x", "instances": {}}, f"{whole}:2")]
     assert rows_of(saved(tmp_path / "lines.json", b'{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
 
 
@@ -95,7 +81,7 @@ def test_a_folder_names_what_it_holds(tmp_path: Path) -> None:
 
 def test_an_unknown_suffix_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)no known format.*\.jsonl"):
-        read_rows(saved(tmp_path / "a.csv", b"a,b"))
+        read_rows(saved(tmp_path / "a.xls", b"a,b"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n"])
@@ -109,16 +95,16 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, data: bytes) -> No
     [
         ("a.jsonl", b'{"a": "ok"}\n{"a": "caf\xe9"}\n', ":2: byte 0xe9 at offset 22 "),
         ("a.json", b'[{"a": "ok"},\n {"a": "caf\xe9"}]\n', ":2: byte 0xe9 at offset 25 "),
-        ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9\n", ":2: byte 0xe9 at offset 9 "),
+        ("a.ndjson", b'\xef\xbb\xbf{"a": "ok"}\n{"a": "caf\xe9"}\n', ":2: byte 0xe9 at offset 25 "),
     ],
 )
-def test_bytes_that_are_not_utf8_are_located(tmp_path: Path, name: str, data: bytes, place: str) -> None:
+def test_json_that_is_not_utf8_is_located(tmp_path: Path, name: str, data: bytes, place: str) -> None:
     message = error_of(saved(tmp_path / name, data))
     assert place in message
     assert "iconv -f WINDOWS-1252" in message
 
 
-def test_utf16_is_recognised(tmp_path: Path) -> None:
+def test_utf16_json_says_how_to_convert_it(tmp_path: Path) -> None:
     message = error_of(saved(tmp_path / "a.jsonl", '{"a": 1}\n'.encode("utf-16")))
     assert ":1: byte 0xff at offset 0 " in message
     assert "iconv -f UTF-16" in message
@@ -167,78 +153,74 @@ def test_half_a_surrogate_pair_is_located(tmp_path: Path) -> None:
     assert error_of(path).startswith(f"{path}:2: half a surrogate pair, '\\ud83d'")
 
 
-def test_every_cut_of_a_gzip_file_is_an_error(tmp_path: Path) -> None:
-    whole = gzip.compress(b"".join(b'{"a": %d}\n' % number for number in range(200)))
-    for length in range(3, len(whole), 7):
-        path = saved(tmp_path / "a.jsonl.gz", whole[:length])
-        assert "is cut off or damaged" in error_of(path)
+# --- LMFlow --------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_gzip_file_is_an_error(tmp_path: Path) -> None:
-    whole = bytearray(gzip.compress(b'{"a": 1}\n' * 50))
-    whole[-8] ^= 1  # the checksum
-    assert "is cut off or damaged" in error_of(saved(tmp_path / "a.jsonl.gz", bytes(whole)))
+def test_an_object_of_instances_is_a_row_an_instance_with_the_files_type(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.json", b'{"type": "text2text",\n "instances": [{"input": "a"}, {"input": "b"}]}')
+    assert [(row.data, row.kind, row.place) for row in read_rows(path)] == [
+        ({"input": "a"}, "text2text", f"{path}:1 instance 1"),
+        ({"input": "b"}, "text2text", f"{path}:1 instance 2"),
+    ]
+    one_line = saved(tmp_path / "b.json", b'{"instances": [{"text": "c"}], "type": "text_only"}\n')
+    assert [(row.data, row.kind) for row in read_rows(one_line)] == [({"text": "c"}, "text_only")]
+    assert [row.kind for row in read_rows(saved(tmp_path / "c.jsonl", b'{"type": "x"}'))] == [None]
 
 
-numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-json_values = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
+def test_an_object_without_instances_holds_no_rows(tmp_path: Path) -> None:
+    assert "holds no rows" in error_of(saved(tmp_path / "a.json", b'{"type": "text_only", "instances": []}'))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=4))
-def test_what_is_written_is_read(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    path = tmp_path / "a.jsonl"
-    assert write_jsonl(path, rows) == len(rows)
-    assert rows_of(path) == rows
-    array = saved(tmp_path / "a.json", json.dumps(rows, indent=1).encode())
-    assert rows_of(array) == rows
+def test_an_instance_that_is_no_object_is_located(tmp_path: Path) -> None:
+    message = error_of(saved(tmp_path / "a.json", b'{"type": "text_only", "instances": [{}, "b"]}'))
+    assert ":1 instance 2: expected a JSON object, got str 'b'" in message
 
 
-def test_bytes_written_depend_on_the_rows_alone(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.jsonl"
-    assert write_jsonl(path, iter([{"b": "é\u2028", "a": 1.5}, {"c": None}])) == 2
-    assert path.read_bytes() == '{"b": "é\u2028", "a": 1.5}\n{"c": null}\n'.encode()
+def test_a_folder_of_instances_reads_as_all_of_them_sorted(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        saved(
+            tmp_path / f"{name}.json", b'{"type": "%s", "instances": [{"text": "%s"}]}' % (b"t" + name.encode(), b"x")
+        )
+    assert [row.kind for row in read_source(str(tmp_path))] == ["ta", "tb"]
 
 
-def test_no_rows_make_an_empty_file(tmp_path: Path) -> None:
-    assert write_jsonl(tmp_path / "a.jsonl", []) == 0
-    assert (tmp_path / "a.jsonl").read_bytes() == b""
+# --- dirt ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["\ud83d", float("nan"), {1, 2}])
-def test_a_row_that_is_no_json_leaves_the_old_file(tmp_path: Path, value: object) -> None:
-    path = saved(tmp_path / "a.jsonl", b"old")
-    with pytest.raises(DataError, match="row 2 cannot be written"):
-        write_jsonl(path, [{"a": 1}, {"a": value}])
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
-    assert path.read_bytes() == b"old"
+def test_nul_characters_in_json_are_kept_and_noted(tmp_path: Path) -> None:
+    notes = Counter[str]()
+    path = saved(tmp_path / "a.jsonl", b'{"a": "x\\u0000y"}\n{"a": "x\0y"}\n{"a": "\\\\u0000"}\n')
+    assert [row.data["a"] for row in read_rows(path, notes)] == ["x\0y", "x\0y", "\\u0000"]
+    assert notes == {"rows with NUL characters, kept": 2, "rows with raw control characters in JSON strings, kept": 1}
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"(?s)cannot be written: No space left.*free some space"):
-        write_jsonl(tmp_path / "a.jsonl", [{"a": 1}])
-    assert list(tmp_path.iterdir()) == []
+def test_raw_control_characters_in_json_are_kept_and_noted(tmp_path: Path) -> None:
+    notes = Counter[str]()
+    path = saved(tmp_path / "a.json", b'[{"a": "x\ty"},\n {"a": "x\ny"}]')
+    assert [row.data["a"] for row in read_rows(path, notes)] == ["x\ty", "x\ny"]
+    assert notes == {"rows with raw control characters in JSON strings, kept": 2}
 
 
-def test_an_error_of_the_rows_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    def rows():
-        yield {"a": 1}
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_jsonl(tmp_path / "a.jsonl", rows())
-    assert list(tmp_path.iterdir()) == []
+def test_a_block_of_nul_bytes_is_no_row(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jsonl", b'{"a": 1}\n' + bytes(64) + b"\n")
+    assert error_of(path).startswith(f"{path}:2: not JSON")
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    saved(tmp_path / "file", b"")
-    with pytest.raises(DataError, match="cannot be written"):
-        write_jsonl(tmp_path / "file" / "a.jsonl", [])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
+def test_a_row_of_ten_megabytes_is_read(tmp_path: Path, name: str) -> None:
+    text = "ab c" * 2_500_000
+    data = {"a.txt": text, "a.csv": f'"text"\n"{text}"', "a.json": f'[{{"text": "{text}"}}]'}
+    path = saved(tmp_path / name, data.get(name, f'{{"text": "{text}"}}\n').encode())
+    (row,) = rows_of(path)
+    assert row == {"text": text}
+
+
+def test_an_array_in_a_file_named_as_lines_is_an_array(tmp_path: Path) -> None:
+    assert rows_of(saved(tmp_path / "a.jsonl", b'[\n {"a": 1},\n {"a": 2}\n]')) == [{"a": 1}, {"a": 2}]
+
+
+def test_json_is_told_by_content_where_the_name_says_nothing(tmp_path: Path) -> None:
+    assert rows_of(saved(tmp_path / "part-00000", b'{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
+    assert rows_of(saved(tmp_path / "a.JSON", b'{"a":\n 1}')) == [{"a": 1}]
+    assert rows_of(saved(tmp_path / "object", b'{\n "a": 1\n}')) == [{"a": 1}]
+    assert rows_of(saved(tmp_path / "data.v1", b'\xef\xbb\xbf [{"a": 1}]')) == [{"a": 1}]

@@ -116,8 +116,8 @@ MISTAKES: dict[str, tuple[dict[str, bytes], str, list[str], int, list[str]]] = {
         3,
         ["d.jsonl:2: byte 0xe9 at offset", "is not UTF-8", "hint: convert the file", "WINDOWS-1252"],
     ),
-    "a directory where a file was meant": (
-        {"folder/other.jsonl": b"{}"},
+    "a prepared folder without the file": (
+        {"folder/pretrain.jsonl": b'{"text": "a"}'},
         "sft",
         ["data.path=folder"],
         3,
@@ -128,14 +128,14 @@ MISTAKES: dict[str, tuple[dict[str, bytes], str, list[str], int, list[str]]] = {
         "sft",
         ["data.path=d.jsonl"],
         3,
-        ["d.jsonl:2: the row lacks the fields of a Demonstration: it has prompt, answr", "hint: needed: prompt and"],
+        ["d.jsonl:2: the row has prompt, answr and is read as prompt", "hint: to be prompt-response it lacks"],
     ),
     "a field of another type": (
         {"d.jsonl": b'{"prompt": "why?", "response": 3}\n'},
         "sft",
         ["data.path=d.jsonl"],
         3,
-        ["d.jsonl:1: response must be text, got int '3'"],
+        ["d.jsonl:1: response must be text, got int 3"],
     ),
     "chosen equal to rejected everywhere": (
         {"d.jsonl": b"".join(json.dumps({**row, "rejected": row["chosen"]}).encode() + b"\n" for row in PAIRS)},
@@ -185,7 +185,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], str, list[str], int, list[str]]] = {
         "sft",
         ["data.template=qa"],
         3,
-        ["no template 'qa'", "hint: there are: chat, hh, plain, question-answer"],
+        ["no template 'qa'", "hint: there are: chat, alpaca, chatml, hash, hh, llama-3, plain"],
     ),
     "unknown key": (
         {},

@@ -20,7 +20,7 @@ from fairlead.config_file import read_mapping
 from fairlead.pipeline_file import nest
 from fairlead.training import checkpoint
 
-VERBS = {"train", "resume", "prepare", "pipeline", "evaluate", "report", "demo"}
+VERBS = {"train", "resume", "prepare", "inspect", "pipeline", "evaluate", "report", "demo"}
 Command = Callable[..., tuple[str, str]]
 
 
@@ -90,7 +90,7 @@ def test_a_dry_run_prints_every_key_with_its_origin_and_trains_nothing(
     assert lines["model.scratch.num_layers"][1] != f"{file}:1"
     assert lines["train.batch_size"] == ("32", "default")
     assert lines["model.path"] == ("null", "default")
-    assert lines["data.packing"] == ("true", "default")
+    assert lines["data.packing"] == ("best-fit", "default")
     sections = ("algorithm", "seed", "threads", "run.", "model.", "data.", "optim.", "train.", "tracking.", "dpo.")
     assert all(any(key.startswith(section) for key in lines) for section in sections)
     assert all(key.startswith(sections) for key in lines)

@@ -18,6 +18,8 @@ import fairlead
 from fairlead import pipeline
 from fairlead.algorithms import REGISTRY
 from fairlead.cli import app
+from fairlead.config_file import parse_override
+from fairlead.data.prepare import check_options
 from fairlead.runner import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,9 @@ def test_a_command_in_a_code_block_parses_with_known_settings(
     monkeypatch.chdir(ROOT)
     if verb == "train" and not (given["recipe"].endswith(".yaml") and not Path(given["recipe"]).is_file()):
         resolve(given["recipe"], given["settings"] or [])
+    if verb == "prepare" and given["kind"]:
+        settings = [word for word in [given["source"], *(given["settings"] or [])] if word and "=" in word]
+        check_options(given["kind"], dict(map(parse_override, settings)))
     if verb == "pipeline" and not (given["file"].endswith(".yaml") and not Path(given["file"]).is_file()):
         monkeypatch.setattr(pipeline, "require_inputs", lambda settings, folder: None)
         assert pipeline.plan(given["file"], given["settings"] or [])

@@ -71,3 +71,14 @@ def test_a_reward_model_loads_as_a_sequence_classifier_with_its_head(tmp_path: P
         with torch.no_grad():
             got = torch.stack([loaded(torch.tensor([row])).logits[0, 0] for row in rows])
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_generation_stops_at_the_token_that_ends_a_response(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    for lora in (False, True):
+        folder = tmp_path / str(lora)
+        save_model(models(("policy",), lora=lora), folder, template="chatml", eos=7)
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [7, 1]
+    save_model(models(("policy",)), tmp_path / "plain", template="hh", eos=1)
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == 1

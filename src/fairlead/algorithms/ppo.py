@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairlead.algorithms.stage import Stage
 from fairlead.config import Section
-from fairlead.data.pack import micro_batches, rollout_batch
+from fairlead.data.pack import best_fit, micro_batches, rollout_batch
 from fairlead.data.render import Tree
 from fairlead.errors import CheckpointError, ConfigError
 from fairlead.ops.kl import k1, k3
@@ -159,7 +159,8 @@ class RolloutSource:
         chosen = order[index * self._batch_size : (index + 1) * self._batch_size]
         packed = self._stage.packed
         sizes = [experience.trees[i].num_tokens for i in chosen]
-        groups = micro_batches(sizes, self._stage.recipe.train.micro_batch_tokens, packed=packed)
+        budget = self._stage.recipe.train.micro_batch_tokens
+        groups = best_fit(sizes, budget) if packed else micro_batches(sizes, budget, packed=False)
         picked = [[chosen[i] for i in group] for group in groups]
         return [
             rollout_batch(

@@ -1,4 +1,4 @@
-"""Language modelling on plain text: every token counts, texts are joined by end-of-sequence and cut into full rows."""
+"""Language modelling on plain text: every token counts; texts stand in rows whole, or end to end and cut."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from fairlead.algorithms.stage import Stage
 from fairlead.algorithms.terms import nll
 from fairlead.config import Section
 from fairlead.data.loader import DatasetSource
-from fairlead.data.pack import pack_text, token_batch
-from fairlead.data.render import Tree
+from fairlead.data.pack import pack_text, pack_whole, text_pieces, token_batch
 from fairlead.errors import DataError
 from fairlead.types import Algorithm, Pass, Term, Text, TokenBatch
 
@@ -40,17 +39,13 @@ def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 def _source(stage: Stage, records: Sequence[Text], split: str) -> DatasetSource:
     trees, _ = stage.trees(records, split)
     length = stage.recipe.data.max_length
-    if stage.packed:
+    if not stage.packed:
+        rows = [[piece] for piece in text_pieces(trees, length)]
+    elif stage.recipe.data.packing == "wrapped":
         total = sum(tree.num_tokens for tree in trees)
         rows = pack_text(trees, min(length, total))
     else:
-        rows = [
-            [Tree((), (ids[at : at + length],))]
-            for tree in trees
-            for ids in tree.responses
-            for at in range(0, len(ids), length)
-        ]
-        rows = [row for row in rows if row[0].num_tokens > 1]
+        rows = pack_whole(trees, length)
     if not rows:
         raise DataError(f"the {split} texts hold no row of two tokens")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pydantic import Field
 from torch import Tensor
 
 from fairlead.algorithms.stage import Stage
@@ -15,7 +16,9 @@ from fairlead.types import Algorithm, Mean, Metrics, Outputs, Pass, Preference, 
 
 
 class Settings(Section):
-    """The pairwise loss has no settings of its own."""
+    margin_coef: float = Field(default=0.0, ge=0)
+    """The scores of a pair are pushed apart by this times its margin (Llama 2, eq. 2), whose unit is that of the data
+    set, points of a judge say. 0: margins are not used."""
 
 
 def pairwise(outputs: Outputs, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
@@ -46,7 +49,8 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
 
 def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetSource:
     trees, kept = stage.trees(records, split)
-    margins = [records[i].margin for i in kept]
+    coefficient = stage.settings.margin_coef
+    margins = [coefficient * (records[i].margin or 0.0) if coefficient else None for i in kept]
     return stage.dataset_source(
         [tree.num_tokens for tree in trees],
         lambda chosen: preference_batch(

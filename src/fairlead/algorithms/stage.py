@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairlead.config import Recipe
+from fairlead.data import tokenize
 from fairlead.data.loader import Collate, DatasetSource
 from fairlead.data.render import LengthCounts, Renderer, Tree
 from fairlead.models.roles import Models
@@ -40,11 +41,12 @@ class Stage:
     @property
     def packed(self) -> bool:
         """Rows are packed where the model's attention takes forests."""
-        return self.recipe.data.packing and self.models.forest
+        return self.recipe.data.packing != "none" and self.models.forest
 
     def trees(self, records: Sequence[Any], split: str) -> tuple[list[Tree], list[int]]:
         """Rendered records and the index of each one's record; what the limits did is counted under ``split``."""
-        trees, kept, counts = self.renderer.trees(records)
+        data = self.recipe.data
+        trees, kept, counts = tokenize.trees(self.renderer, records, workers=data.workers, cache=data.cache)
         self.count(split, counts)
         return trees, kept
 

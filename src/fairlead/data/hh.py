@@ -22,8 +22,10 @@ from fairlead.errors import DataError
 if TYPE_CHECKING:
     from fairlead.types import Message
 
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_MARKER = re.compile(r"\b(?:Human|Assistant):")
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+HASH_TURN = re.compile(r"###\s?(Human|Assistant):")
+"""LMFlow's form, and Guanaco's: the marker begins a turn wherever it stands."""
+MARKER = re.compile(r"\b(?:Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
 
@@ -36,9 +38,9 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def parse_turns(transcript: str) -> list[Message] | str:
-    """The turns of a transcript that runs from a human turn to an answer, or why it does not."""
-    before, *pieces = _TURN.split(transcript.replace("\r\n", "\n"))
+def split_turns(transcript: str, marker: re.Pattern[str] = TURN) -> list[Message] | str:
+    """The turns of a transcript, whoever has the last word and whether or not it is empty, or why it has none."""
+    before, *pieces = marker.split(transcript.replace("\r\n", "\n"))
     if not pieces:
         return "no turn markers"
     turns: list[Message] = [
@@ -52,10 +54,16 @@ def parse_turns(transcript: str) -> list[Message] | str:
         return "two turns of the same role running"
     if roles[0] != "user":
         return "does not begin with a human turn"
-    if roles[-1] != "assistant":
+    return turns if all(turn["content"] for turn in turns[:-1]) else "empty turn in the prompt"
+
+
+def parse_turns(transcript: str) -> list[Message] | str:
+    """The turns of a transcript that runs from a human turn to an answer, or why it does not."""
+    turns = split_turns(transcript)
+    if isinstance(turns, str):
+        return turns
+    if turns[-1]["role"] != "assistant":
         return "does not end in an assistant turn"
-    if not all(turn["content"] for turn in turns[:-1]):
-        return "empty turn in the prompt"
     return turns if turns[-1]["content"] else "empty answer"
 
 
@@ -92,7 +100,7 @@ def read_pairs(paths: Iterable[Path], counts: Counts) -> Iterator[Pair]:
         seen.add(identity)
         counts.kept += 1
         texts = (*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected)
-        counts.notes["marker inside a turn"] += any(_MARKER.search(text) is not None for text in texts)
+        counts.notes["marker inside a turn"] += any(MARKER.search(text) is not None for text in texts)
         yield pair
 
 

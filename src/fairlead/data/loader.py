@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fairlead.data.pack import micro_batches
+from fairlead.data.pack import best_fit, micro_batches
 from fairlead.ops.sampling import permutation, stream_key
 from fairlead.types import TokenBatch
 
@@ -49,12 +49,15 @@ class DatasetSource:
                 yield self.batch(chosen)
 
     def batch(self, indices: Sequence[int]) -> list[TokenBatch]:
-        groups = micro_batches([self._sizes[i] for i in indices], self._budget, packed=self._packed)
+        """The micro-batches of one step: few forwards, so in an order of their own where rows are packed."""
+        sizes = [self._sizes[i] for i in indices]
+        groups = best_fit(sizes, self._budget) if self._packed else micro_batches(sizes, self._budget, packed=False)
         return [self._collate([indices[i] for i in group]) for group in groups]
 
     def in_order(self) -> Iterator[TokenBatch]:
         """Every example once, in the order given: for evaluation."""
-        yield from self.batch(range(len(self._sizes)))
+        for group in micro_batches(self._sizes, self._budget, packed=self._packed):
+            yield self._collate(group)
 
     def take_metrics(self) -> dict[str, float]:
         return {}

@@ -1,55 +1,85 @@
-"""Rows to records: recognises what a row is by its fields. Knows nothing of tokens or templates."""
+"""Rows of a file, folder, hub id or of memory to the kind of record that is wanted, each row kept or counted. Knows
+nothing of tokens or templates."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from fairlead.data.hh import parse_pair
-from fairlead.data.sources import Counts, Row, read_rows
-from fairlead.data.splits import split_of
-from fairlead.errors import DataError
-from fairlead.types import Conversation, Demonstration, Message, Preference, Prompt, Record, Text
+from fairlead.data.convert import CONVERSIONS, PLURALS, convert, sources_of, targets_of
+from fairlead.data.formats import FORMATS, Format, Notes, RecordType, best_fit, find_format, missing_field, unknown
+from fairlead.data.sources import Counts, Row, read_source
+from fairlead.data.splits import keyed_hash, split_of
+from fairlead.errors import ConfigError, DataError
+from fairlead.types import Demonstration, Labelled, Preference, Prompt, Ranking, Record, Text
 
-RecordType = type[Text] | type[Demonstration] | type[Preference] | type[Prompt]
 Rows = Iterable[Mapping[str, Any]]
 
 _FILES: dict[RecordType, str] = {
-    Text: "pretrain.jsonl",
-    Demonstration: "sft.jsonl",
-    Preference: "preference.jsonl",
-    Prompt: "prompts.jsonl",
+    Text: "pretrain",
+    Demonstration: "sft",
+    Preference: "preference",
+    Ranking: "ranking",
+    Labelled: "labelled",
+    Prompt: "prompts",
 }
-_WANTED: dict[RecordType, str] = {
-    Text: "text",
-    Demonstration: "prompt and response (or completion), question and answer, or messages",
-    Preference: "prompt, chosen and rejected, or question, response_j and response_k, or two HH transcripts",
-    Prompt: "prompt, question or messages",
+"""The files of a folder written by `fairlead prepare`, each .jsonl or .parquet."""
+_SPLITS: dict[RecordType, tuple[str, ...]] = {
+    Text: ("pretrain",),
+    Demonstration: ("sft", "finetune"),
+    Preference: ("prefs", "preference", "reward"),
+    Ranking: ("ranking", "reward"),
+    Labelled: ("labelled", "kto"),
+    Prompt: ("prompts", "gen", "rl"),
 }
+"""Words in the names of the splits that a data set publishes for each kind."""
+_SPECIAL = re.compile(r"</?s>|<unk>|<pad>|<[be]os>|<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>")
+_READ_AS, _TAKEN = "read as ", "taken: "
 
 
 def load_records(
-    source: str | Sequence[str] | Rows, record: RecordType, *, limit: int | None = None, heldout: bool = False
+    source: str | Sequence[str] | Rows,
+    record: RecordType,
+    *,
+    limit: int | None = None,
+    heldout: bool = False,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[list[Any], Counts]:
-    """The records of files, of a folder written by `fairlead prepare`, of a hub data set, or of rows in memory.
+    """The records of one or several files, folders, hub data sets, or of rows in memory.
 
-    Rows that are what they should be but cannot be used (empty response, chosen equal to rejected) are dropped and
-    counted by reason. Raises DataError for a row without the needed fields, naming its line, and when none is left.
+    A row is of the first format of ``FORMATS`` that its fields fit and that gives ``record``, or of ``format``;
+    ``columns`` names the column that holds a field. What is no ``record`` is converted where that can be, and the notes
+    say so. A row that gives several records counts as several. With ``weights``, a number for each source, 2 takes
+    every record twice (as the same object) and 0.5 half of them, by a hash of their place; held-out records have none.
+
+    Rows that are understood but cannot be used (an empty answer, a tie) are dropped and counted by reason. Raises
+    DataError, naming file and line, for a row of no format, with a value of the wrong type, or from which ``record``
+    cannot be had; and when none is left. ``statement`` says what was read in one line.
     """
-    counts, records = Counts(), list[Record]()
-    for row in _rows(source, record, heldout):
+    shares = None if heldout or weights is None else _shares(source, weights)
+    counts, records, origins = Counts(), list[Record](), list[int]()
+    for origin, row in _rows(source, record, heldout, counts.notes):
         if limit is not None and len(records) >= limit:
             break
-        counts.read += 1
-        parsed = parse_record(row, record)
-        if isinstance(parsed, str):
-            counts.dropped[parsed] += 1
-        else:
-            counts.kept += 1
-            records.append(parsed)
+        for outcome in parse_row(row, record, format=format, columns=columns, notes=counts.notes):
+            if limit is not None and len(records) >= limit:  # a row may give several
+                break
+            counts.read += 1
+            if isinstance(outcome, str):
+                counts.dropped[outcome] += 1
+            else:
+                counts.kept += 1
+                records.append(outcome)
+                origins.append(origin)
+    if shares is not None:
+        records = _weigh(records, origins, shares, counts)
     if not records:
         raise DataError(
             f"no usable row in {_name(source)}: {counts.read} read, dropped {dict(counts.dropped)}",
@@ -58,16 +88,68 @@ def load_records(
     return records, counts
 
 
+def parse_row(
+    row: Row,
+    record: RecordType,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    notes: Notes | None = None,
+) -> list[Any]:
+    """The records a row gives; a reason (str) stands for each that is dropped. Raises DataError as ``load_records``."""
+    notes = Counter() if notes is None else notes
+    row = _renamed(row, columns) if columns else row
+    found = _format_of(row, record, format)
+    if isinstance(found, str):
+        return [found]
+    notes[_READ_AS + found.name] += 1
+    parsed = found.parse(row, notes)
+    if isinstance(parsed, str):
+        return [parsed]
+    held = parsed if isinstance(parsed, list) else [parsed]
+    outcomes = convert(held, record)
+    if conversion := CONVERSIONS.get((type(held[0]), record)):
+        notes[_TAKEN + conversion[0]] += 1
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, Prompt):
+            outcomes[index] = replace(outcome, columns={**found.columns(row.data), **outcome.columns})
+        if not isinstance(outcome, str) and any(_SPECIAL.search(text) for text in _texts(outcome)):
+            notes["special token written as text"] += 1
+    return outcomes
+
+
+def statement(counts: Counts, record: RecordType) -> str:
+    """What was read as what, what was taken of it, and what was dropped: one line for the user."""
+    notes = +counts.notes
+    formats = {name: number for name in FORMATS if (number := notes.pop(_READ_AS + name, 0))}
+    taken = [note.removeprefix(_TAKEN) for note in notes if note.startswith(_TAKEN)]
+    read = " and ".join(
+        f"{name} ({FORMATS[name].about})" if len(formats) == 1 else f"{name} ({number:,})"
+        for name, number in formats.items()
+    )
+    pieces = [f"{counts.read:,} rows read as {read}: {counts.kept:,} {PLURALS[record]}"]
+    pieces += [f"taken of it: {' and '.join(taken)}"] if taken else []
+    pieces += [f"dropped {number:,}: {reason}" for reason, number in (+counts.dropped).most_common()]
+    pieces += [f"noted {number:,}: {note}" for note, number in notes.most_common() if not note.startswith(_TAKEN)]
+    return "; ".join(pieces)
+
+
+def has_heldout(source: str, record: RecordType) -> bool:
+    """Whether ``source`` is a prepared folder with held-out rows that give ``record``."""
+    return _prepared_file(Path(source), record, heldout=True) is not None
+
+
 def split_records(records: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) records; equal prompts always land on one side.
+    """(training, held-out) records; equal prompts always land on one side. What stands in ``records`` several times as
+    one object, by a weight, is held out once.
 
     The key is not that of `fairlead prepare`: what it put in one split would all land on one side here.
     """
     parts: dict[str, list[Any]] = {"train": [], "eval": []}
     for record in records:
-        parts[split_of(f"held-out {prompt_key(record)}", {"train": 1 - fraction, "eval": fraction}, seed)].append(
-            record
-        )
+        side = split_of(f"held-out {prompt_key(record)}", {"train": 1 - fraction, "eval": fraction}, seed)
+        parts[side].append(record)
+    parts["eval"] = list({id(record): record for record in parts["eval"]}.values())
     if not parts["train"] or (fraction and not parts["eval"]):
         raise DataError(
             f"data.eval_fraction={fraction} of {len(records)} records leaves {len(parts['train'])} to train on and "
@@ -80,166 +162,145 @@ def split_records(records: Sequence[Any], fraction: float, seed: int) -> tuple[l
 def prompt_key(record: Record) -> str:
     """What two records must not share across splits: the prompt, or the whole text. Plain text is one user turn."""
     prompt = record.text if isinstance(record, Text) else record.prompt
+    if not prompt and isinstance(record, Labelled):  # a review stands for itself
+        prompt = record.response
     if not isinstance(prompt, str) and [turn["role"] for turn in prompt] == ["user"]:
         prompt = prompt[0]["content"]
     return prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False, sort_keys=True)
 
 
-def parse_record(row: Row, record: RecordType) -> Any:
-    """The record a row holds, or the reason to drop it (str). Raises DataError where fields are missing or wrong."""
-    parse = {Text: _text, Demonstration: _demonstration, Preference: _preference, Prompt: _prompt}[record]
-    return parse(row)
+def _format_of(row: Row, record: RecordType, name: str) -> Format | str:
+    """The format of a row, or (str) why it is dropped: a field is null without which it is of no format that serves."""
+    kinds = sources_of(record)
+    forced = None if name == "auto" else find_format(name)
+    among = None if forced is None else (forced,)
+    found = best_fit(row, kinds, among)
+    if record is Text and found is not None and found.record is Demonstration:  # a transcript to pretrain on is text
+        text = best_fit(row, (Text,), among)
+        found = text if text is not None and text.record is Text else found
+    if found is not None and found.record in kinds:
+        return found
+    serving = [format for format in (FORMATS.values() if forced is None else (forced,)) if format.record in kinds]
+    if null := missing_field(row, serving):
+        return f"{null} is null"
+    raise unknown(row, forced) if found is None else _refusal(row, found, record)
 
 
-def _text(row: Row) -> Text | str:
-    text = _string(row, "text") if "text" in row.data else _missing(row, Text)
-    return Text(text) if text.strip() else "empty text"
-
-
-def _demonstration(row: Row) -> Demonstration | str:
-    data = row.data
-    if "messages" in data:
-        *prompt, last = _messages(row, "messages")
-        if last["role"] != "assistant" or not prompt:
-            return "does not end in an assistant turn"
-        return Demonstration(tuple(prompt), last["content"]) if last["content"].strip() else "empty response"
-    for prompt, response in (("prompt", "response"), ("prompt", "completion"), ("question", "answer")):
-        if prompt in data and response in data:
-            text = _response(row, response)
-            return Demonstration(_conversation(row, prompt), text) if text.strip() else "empty response"
-    return _missing(row, Demonstration)
-
-
-def _preference(row: Row) -> Preference | str:
-    data = row.data
-    if "prompt" in data and "chosen" in data and "rejected" in data:
-        names = ("prompt", "chosen", "rejected")
-    elif "question" in data and "response_j" in data and "response_k" in data:
-        names = ("question", "response_j", "response_k")
-    elif isinstance(data.get("chosen"), str) and isinstance(data.get("rejected"), str):
-        pair = parse_pair(data["chosen"], data["rejected"])
-        if pair == "no turn markers":
-            return _missing(row, Preference)
-        return pair if isinstance(pair, str) else Preference(tuple(pair.prompt), pair.chosen, pair.rejected)
-    else:
-        return _missing(row, Preference)
-    prompt, chosen, rejected = _conversation(row, names[0]), _response(row, names[1]), _response(row, names[2])
-    if not chosen.strip() or not rejected.strip():
-        return "empty answer"
-    if chosen == rejected:
-        return "chosen equal to rejected"
-    margin = data.get("margin")
-    if margin is not None and (
-        isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)
-    ):
-        raise DataError(f"{row.place}: margin must be a number, got {margin!r}")
-    return Preference(prompt, chosen, rejected, None if margin is None else float(margin))
-
-
-def _prompt(row: Row) -> Prompt | str:
-    name = next((name for name in ("prompt", "question", "messages") if name in row.data), None)
-    if name is None:
-        return _missing(row, Prompt)
-    prompt = _conversation(row, name)
-    if isinstance(prompt, str) and not prompt.strip():
-        return "empty prompt"
-    return Prompt(prompt, {key: value for key, value in row.data.items() if key != name})
-
-
-def _missing(row: Row, record: RecordType) -> Any:
-    raise DataError(
-        f"{row.place}: the row lacks the fields of a {record.__name__}: it has {', '.join(row.data) or 'none'}",
-        hint=f"needed: {_WANTED[record]}",
+def _refusal(row: Row, held: Format, record: RecordType) -> DataError:
+    """The error for a row of a format that does not serve; names the nearest one that would, and what it lacks."""
+    hint = f"it can serve as {', '.join(PLURALS[kind] for kind in targets_of(held.record))}"
+    direct = [format for format in FORMATS.values() if format.record is record]
+    lacks = {f.name: [names for names in f.fields if not row.data.keys() & {*names.split("|")}] for f in direct}
+    begun = [format.name for format in direct if 0 < len(lacks[format.name]) < len(format.fields)]
+    if begun:
+        nearest = min(begun, key=lambda name: len(lacks[name]))
+        needed = " and ".join(names.replace("|", " or ") for names in lacks[nearest])
+        hint = f"to be {nearest} it lacks {needed}, which data.columns can name; {hint}"
+    return DataError(
+        f"{row.place}: the row has {', '.join(row.data)} and is read as {held.name} ({held.about}); that gives no "
+        f"{PLURALS[record]}",
+        hint,
     )
 
 
-def _string(row: Row, name: str) -> str:
-    value = row.data[name]
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: {name} must be text, got {type(value).__name__} {str(value)[:60]!r}")
-    return value
-
-
-def _response(row: Row, name: str) -> str:
-    """Text, or a list of messages that holds one assistant turn."""
-    if isinstance(row.data[name], list):
-        turns = _messages(row, name)
-        if turns[-1]["role"] != "assistant":
-            raise DataError(f"{row.place}: {name} does not end in an assistant turn")
-        return turns[-1]["content"]
-    return _string(row, name)
-
-
-def _conversation(row: Row, name: str) -> Conversation:
-    return tuple(_messages(row, name)) if isinstance(row.data[name], list) else _string(row, name)
-
-
-def _messages(row: Row, name: str) -> list[Message]:
-    value = row.data[name]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{row.place}: {name} must be a list of messages, got {str(value)[:60]!r}")
-    messages: list[Message] = []
-    for item in cast(list[Any], value):
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with its columns under the names of the fields they hold; what had such a name before gives way."""
+    for field, column in columns.items():
+        if column not in row.data:
             raise DataError(
-                f"{row.place}: {name} holds {str(item)[:60]!r}, which is no message",
-                hint='a message is {"role": "user", "content": "..."}; roles are system, user, assistant',
+                f"{row.place}: there is no column {column!r}, which data.columns names for {field}",
+                f"the row has: {', '.join(row.data) or 'none'}",
             )
-        messages.append({"role": role, "content": content})
-    return messages
+    rest = {name: value for name, value in row.data.items() if name not in {*columns.values(), *columns}}
+    return replace(row, data={**{field: row.data[column] for field, column in columns.items()}, **rest})
+
+
+def _texts(record: Record) -> Iterator[str]:
+    if isinstance(record, Text):
+        yield record.text
+        return
+    yield from [record.prompt] if isinstance(record.prompt, str) else (turn["content"] for turn in record.prompt)
+    match record:
+        case Preference():
+            yield from (record.chosen, record.rejected)
+        case Ranking():
+            yield from record.responses
+        case Labelled() | Demonstration():
+            yield record.response if isinstance(record.response, str) else record.response["content"]
+        case Prompt():
+            pass
 
 
 # --- where rows come from ------------------------------------------------------------------------------------------
 
 
-def _rows(source: str | Sequence[str] | Rows, record: RecordType, heldout: bool) -> Iterator[Row]:
-    if isinstance(source, str):
-        yield from _rows_of_path(source, record, heldout)
-        return
-    for index, item in enumerate(source):
+def _rows(
+    source: str | Sequence[str] | Rows, record: RecordType, heldout: bool, notes: Notes
+) -> Iterator[tuple[int, Row]]:
+    """Rows, each with the number of its source."""
+    for index, item in enumerate([source] if isinstance(source, str) else source):
         if isinstance(item, str):
-            yield from _rows_of_path(item, record, heldout)
+            for row in _rows_of_path(item, record, heldout, notes):
+                yield index, row
         elif isinstance(item, Mapping):
-            yield Row(dict(item), f"row {index}")
+            yield 0, Row(dict(item), f"row {index}")
         else:
             raise DataError(f"row {index} must be a mapping of fields, got {type(item).__name__}")
 
 
-def _rows_of_path(name: str, record: RecordType, heldout: bool) -> Iterator[Row]:
+def _rows_of_path(name: str, record: RecordType, heldout: bool, notes: Notes) -> Iterator[Row]:
     path = Path(name)
-    if path.is_dir():
-        wanted = path / f"{'heldout_' if heldout else ''}{_FILES[record]}"
-        if not wanted.is_file():
-            raise DataError(
-                f"{name} is a directory without {wanted.name}, where a file was meant",
-                hint="give a file of records, or a folder written by `fairlead prepare`",
-            )
-        path = wanted
-    if path.exists() or path.suffix or not _could_be_hub_id(name):
-        yield from read_rows(path)
-        return
-    yield from _rows_of_hub(name, heldout)
-
-
-def _could_be_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~"))
-
-
-def _rows_of_hub(name: str, heldout: bool) -> Iterator[Row]:
-    import datasets
-
-    split = "test" if heldout else "train"
-    try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # datasets raises a different class for each way a hub can fail
+    if not _is_prepared(path):
+        return read_source(name, prefer=_SPLITS[record], heldout=heldout, notes=notes)
+    file = _prepared_file(path, record, heldout)
+    if file is None:
         raise DataError(
-            f"{name} is no local file, and as a data set of the hub it cannot be read: {error}",
-            hint="check the path, the network and the name",
-        ) from error
-    for index, row in enumerate(rows):
-        yield Row(dict(cast(Mapping[str, Any], row)), f"{name} {split} row {index}")
+            f"{name} is a directory without {'heldout_' if heldout else ''}{_FILES[record]}.jsonl or .parquet, and "
+            f"without another file that gives {PLURALS[record]}",
+            hint="give a file of records, or prepare the data again with other options",
+        )
+    return read_source(str(file), notes=notes)
+
+
+def _is_prepared(path: Path) -> bool:
+    return any(_prepared_file(path, record, heldout) for record in _FILES for heldout in (False, True))
+
+
+def _prepared_file(path: Path, record: RecordType, heldout: bool) -> Path | None:
+    """The file of a prepared folder that holds the wanted kind, else one from which it can be had. Text has its own."""
+    kinds = (Text,) if record is Text else sources_of(record)
+    stems = [f"{'heldout_' if heldout else ''}{_FILES[kind]}" for kind in kinds]
+    files = [path / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".parquet")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _shares(source: Any, weights: Sequence[float]) -> Sequence[float]:
+    paths = [source] if isinstance(source, str) else source
+    if not all(isinstance(path, str) for path in paths) or len(paths) != len(weights):
+        raise ConfigError(
+            f"data.weights has {len(weights)} numbers, which is not one for each path of data.path",
+            hint="for example data.path=[a.jsonl,b.jsonl] data.weights=[1,0.5]",
+        )
+    if not all(weight >= 0 for weight in weights) or not any(weights):
+        raise ConfigError(f"data.weights must not be negative, nor all zero, got {list(weights)}")
+    return weights
+
+
+def _weigh(records: list[Record], origins: list[int], weights: Sequence[float], counts: Counts) -> list[Record]:
+    weighed: list[Record] = []
+    seen = Counter[int]()
+    for record, origin in zip(records, origins, strict=True):
+        seen[origin] += 1
+        whole, part = divmod(weights[origin], 1)
+        times = int(whole) + (keyed_hash(0, "weight", origin, seen[origin]) / 2**64 < part)
+        weighed += [record] * times
+        if not times:
+            counts.dropped["left out by the weight of its source"] += 1
+        elif times > 1:
+            counts.notes["taken again by the weight of its source"] += times - 1
+    counts.kept = len(weighed)
+    counts.read = counts.kept + counts.dropped.total()
+    return weighed
 
 
 def _name(source: Any) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fairlead.data.sources import Counts, clip, find_files, format_of, open_bytes, read_rows
+from fairlead.data.sources import Counts, clip, decode, find_files, format_of, open_bytes, read_rows, without_nul
 from fairlead.errors import DataError
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
@@ -51,20 +51,10 @@ def _texts(path: Path, counts: Counts) -> Iterator[str]:
     with open_bytes(path) as file:
         text, encoding = decode(file.read())
     counts.notes[f"decoded as {encoding}"] += 1
+    text = without_nul(text, counts.notes)
     body = strip_gutenberg(text)
     counts.notes["Project Gutenberg licence removed"] += body != text
     yield body
-
-
-def decode(data: bytes) -> tuple[str, str]:
-    """Text and its encoding: UTF-16 if marked, else the first of UTF-8, Windows-1252, Latin-1."""
-    utf = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
-    for encoding in (utf, "cp1252"):
-        try:
-            return data.decode(encoding).removeprefix("\ufeff"), encoding
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1"), "latin-1"
 
 
 def strip_gutenberg(text: str) -> str:

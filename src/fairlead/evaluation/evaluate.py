@@ -264,7 +264,7 @@ def _answer(run: _Run, plan: _Plan, models: Models) -> _Answers:
 
 def _policy(run: _Run, device: torch.device) -> Models:
     section = ModelSection(path=str(run.directory.path), dtype=run.recipe.model.dtype)
-    base = load_base(section, seed=0, device=device, texts=())
+    base = load_base(section, run.tokenizer, run.template, seed=0, device=device)
     return Models(base, ("policy",))
 
 

@@ -14,9 +14,10 @@ from fairlead.models.load import META
 from fairlead.models.roles import Models
 
 
-def save_model(models: Models, folder: Path, *, template: str) -> None:
+def save_model(models: Models, folder: Path, *, template: str, eos: int | None = None) -> None:
     """The policy as a causal language model (an adapter as peft saves it), the reward as a sequence classifier with its
-    head, the value head beside the policy. ``folder`` is written as a whole by the caller's rename."""
+    head, the value head beside the policy. ``folder`` is written as a whole by the caller's rename. ``eos`` ends a
+    response, where it is not the tokenizer's end of sequence: generation stops at either."""
     folder.mkdir(parents=True)
     causal = models.causal
     role = "reward" if "reward" in models.roles else "policy"
@@ -37,6 +38,10 @@ def save_model(models: Models, folder: Path, *, template: str) -> None:
             folder / "value_head.safetensors",
         )
     models.tokenizer.save_pretrained(folder)
+    if role == "policy" and causal.generation_config is not None:
+        ends = [models.tokenizer.eos_token_id] if eos is None else [eos, models.tokenizer.eos_token_id]
+        causal.generation_config.eos_token_id = ends[0] if len(set(ends)) == 1 else ends
+        causal.generation_config.save_pretrained(folder)
     (folder / META).write_text(json.dumps({"template": template, "role": role}, indent=1) + "\n", "utf-8")
 
 

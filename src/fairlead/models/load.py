@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,45 +53,103 @@ def resolve_folder(path: str) -> Path | None:
     return None
 
 
-def load_base(section: ModelSection, *, seed: int, device: torch.device, texts: Iterable[str]) -> Base:
-    """The model and tokenizer a recipe names. ``texts`` train the tokenizer of a model from scratch."""
+def tokenizer_for(section: ModelSection, texts: Iterable[str]) -> tuple[Any, str | None]:
+    """The tokenizer a recipe names and the template its model was trained with, when known. Reads no weights, but
+    refuses what is no model.
+
+    ``texts`` train the tokenizer of a model from scratch.
+    """
+    scratch, template = section.scratch, None
+    if scratch is not None and not section.tokenizer:
+        tokenizer = train_tokenizer(texts, scratch.vocab_size, scratch.context_length)
+    elif scratch is not None:
+        tokenizer = load_tokenizer(section.tokenizer or "")
+    else:
+        origin, folder = _origin(section)
+        _require_config(origin)
+        tokenizer, template = load_tokenizer(section.tokenizer or origin), read_meta(folder).get("template")
+    add_tokens(tokenizer, section)
+    return tokenizer, template
+
+
+def add_tokens(tokenizer: Any, section: ModelSection) -> None:
+    """Give the tokenizer the special tokens of the recipe that it has not. Raises ConfigError where their embeddings
+    would never be trained."""
+    known = tokenizer.get_vocab()
+    missing = [token for token in section.add_tokens if token not in known]
+    if missing and section.adapter is not None:
+        raise ConfigError(
+            f"model.add_tokens={missing} with model.adapter: adapters leave the embeddings of new tokens untrained",
+            hint="add the tokens in a stage that trains all weights (model.adapter=null), and start from that run",
+        )
+    tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def load_base(section: ModelSection, tokenizer: Any, template: str | None, *, seed: int, device: torch.device) -> Base:
+    """The model a recipe names, with what `tokenizer_for` gave."""
     if section.scratch is not None:
-        tokenizer = load_tokenizer(section.tokenizer) if section.tokenizer else None
-        tokenizer = tokenizer or train_tokenizer(texts, section.scratch.vocab_size, section.scratch.context_length)
         return prepare(build(section.scratch, tokenizer, seed, dtype_of(section, device)), tokenizer, None, device)
+    origin, _ = _origin(section)
+    model = load_causal(origin, dtype_of(section, device))
+    return prepare(model, tokenizer, template, device, added=section.add_tokens, seed=seed)
+
+
+def _origin(section: ModelSection) -> tuple[str, Path | None]:
+    """What transformers is asked for, and its folder where it is one."""
     if section.path is None:
         raise ConfigError(
             "no model: neither model.path nor model.scratch is given", hint="for example model.path=runs/sft"
         )
     folder = resolve_folder(section.path)
-    origin = section.path if folder is None else str(folder)
-    meta = read_meta(folder)
-    model = load_causal(origin, dtype_of(section, device))
-    tokenizer = load_tokenizer(section.tokenizer or origin)
-    return prepare(model, tokenizer, meta.get("template"), device)
+    return section.path if folder is None else str(folder), folder
 
 
-def prepare(model: Any, tokenizer: Any, template: str | None, device: torch.device) -> Base:
-    """Set a model's attention, or say why rows must be padded; refuse what would be computed wrongly."""
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    template: str | None,
+    device: torch.device,
+    *,
+    added: Sequence[str] = (),
+    seed: int = 0,
+) -> Base:
+    """Set a model's attention, or say why rows must be padded; refuse what would be computed wrongly.
+
+    ``added`` are tokens the embeddings may grow for; the new rows are drawn from ``seed``.
+    """
     config = model.config
     for name in UNSUPPORTED_LOGITS:
         if getattr(config, name, None) not in (None, 1.0):
             raise ModelError(f"{config.model_type} scales or caps its logits ({name}), which is not supported")
+    notes: list[str] = []
     embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
+    grown = set(range(embeddings, len(tokenizer)))
+    if grown and grown <= set(tokenizer.convert_tokens_to_ids(list(added))):
+        _grow(model, len(tokenizer), seed)
+        notes.append(f"{len(grown)} tokens added: the embeddings grow from {embeddings} to {len(tokenizer)} rows")
+    elif grown:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}",
             hint="give the tokenizer that belongs to the model",
         )
     forest = config.model_type in attention.FAMILIES
-    notes: tuple[str, ...] = ()
     if forest:
         attention.register()
         model.set_attn_implementation(attention.NAME)
     else:
-        notes = (f"{config.model_type}: attention over packed rows is not known to be right; rows are padded",)
+        notes.append(f"{config.model_type}: attention over packed rows is not known to be right; rows are padded")
     model.config.use_cache = False
-    return Base(model.to(device), tokenizer, template, forest, notes)
+    return Base(model.to(device), tokenizer, template, forest, tuple(notes))
+
+
+def _grow(model: Any, rows: int, seed: int) -> None:
+    """Embeddings and head with more rows, the new ones about the mean of the others (Hewitt 2021)."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(stream_key(seed, "added tokens"))
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=True)
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def dtype_of(section: ModelSection, device: torch.device) -> torch.dtype:
@@ -133,18 +191,33 @@ def load_causal(origin: str, dtype: torch.dtype) -> Any:
         model = load_causal(base if inner is None else str(inner), dtype)
         return PeftModel.from_pretrained(model, origin).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{origin} cannot be loaded as a causal language model: {error}",
-            hint="give a folder saved by transformers or peft, or a finished run"
-            if Path(origin).exists()
-            else f"there is no folder {origin} here, so it was taken for a hub id: check the path, and the network",
-        ) from error
+        raise _no_model(origin, error) from error
+
+
+def _require_config(origin: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        if not (Path(origin) / "adapter_config.json").is_file():
+            AutoConfig.from_pretrained(origin)
+    except (OSError, ValueError) as error:
+        raise _no_model(origin, error) from error
+
+
+def _no_model(origin: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{origin} cannot be loaded as a causal language model: {error}",
+        hint="give a folder saved by transformers or peft, or a finished run"
+        if Path(origin).exists()
+        else f"there is no folder {origin} here, so it was taken for a hub id: check the path, and the network",
+    )
 
 
 def load_tokenizer(origin: str) -> Any:
     from transformers import AutoTokenizer
 
-    folder = resolve_folder(origin) if Path(origin).exists() else None
+    is_whole = (Path(origin) / "tokenizer_config.json").is_file()  # a folder that holds a tokenizer alone will do
+    folder = resolve_folder(origin) if Path(origin).exists() and not is_whole else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(origin if folder is None else str(folder))
     except (OSError, ValueError) as error:

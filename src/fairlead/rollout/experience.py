@@ -77,7 +77,7 @@ class Collector:
             experience = self.measure(rollouts, self.reward(rollouts))
             rows = [
                 {
-                    "prompt": self.renderer.prompt_text(r.prompt.prompt),
+                    "prompt": self.renderer.prompt_text(r.prompt),
                     "response": r.text,
                     "finished": r.finished,
                     "score": score,

@@ -29,7 +29,7 @@ class NativeSampler:
         self, prompts: Sequence[Prompt], *, sampling: Sampling, key: tuple[int | str, ...], first_item: int = 0
     ) -> list[Rollout]:
         rollouts: list[Rollout] = []
-        ids = self._renderer.prompt_ids([prompt.prompt for prompt in prompts])
+        ids = self._renderer.prompt_ids(prompts)
         with torch.no_grad(), self._models.use(self._role):
             network = self._models.active_network()
             was_training = network.training

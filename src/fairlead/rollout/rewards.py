@@ -14,7 +14,7 @@ from fairlead.data.pack import micro_batches
 from fairlead.data.render import Renderer
 from fairlead.errors import ConfigError, ModelError, TrainingError
 from fairlead.models.load import load_tokenizer, read_meta, resolve_folder
-from fairlead.types import Conversation, Reward, Rollout
+from fairlead.types import Conversation, Prompt, Reward, Rollout
 
 RewardFunction = Callable[..., Sequence[float]]
 """trlX's signature: ``samples, prompts, outputs, **columns`` -> one number a sample."""
@@ -48,10 +48,10 @@ class FunctionReward:
         self._function, self.name, self._renderer = function, name, renderer
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        prompts = [self._renderer.prompt_text(rollout.prompt.prompt) for rollout in rollouts]
+        prompts = [self._renderer.prompt_text(rollout.prompt) for rollout in rollouts]
         outputs = [rollout.text for rollout in rollouts]
         samples = [
-            prompt + self._renderer.response_text(rollout.prompt.prompt, rollout.text)
+            prompt + self._renderer.response_text(rollout.prompt, rollout.text)
             for prompt, rollout in zip(prompts, rollouts, strict=True)
         ]
         names = {name for rollout in rollouts for name in rollout.prompt.columns}
@@ -94,18 +94,17 @@ class ModelReward:
         )
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        return self.score([(rollout.prompt.prompt, rollout.text) for rollout in rollouts], rollouts)
+        return self.score([(rollout.prompt, rollout.text) for rollout in rollouts], rollouts)
 
     @torch.no_grad()
-    def score(self, texts: Sequence[tuple[Conversation, str]], rollouts: Sequence[Rollout] = ()) -> list[float]:
+    def score(
+        self, texts: Sequence[tuple[Conversation | Prompt, str]], rollouts: Sequence[Rollout] = ()
+    ) -> list[float]:
         """Scores of (prompt, response) pairs."""
         render = self._renderer
         prompts = render.prompt_ids([prompt for prompt, _ in texts])
-        responses = render.token_ids([render.response_text(prompt, response) for prompt, response in texts])
-        rows = [
-            (*prompt, *response, render.eos)[-render.max_length :]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        responses = render.response_ids(texts)
+        rows = [(*prompt, *response)[-render.max_length :] for prompt, response in zip(prompts, responses, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
         for group in micro_batches([len(rows[i]) for i in order], self._budget, packed=False):
