@@ -1,23 +1,26 @@
-"""The shipped pipeline on the real file, cut down to seconds: every stage runs from the raw gz to the report."""
+"""The shipped pipelines on real files, cut down to seconds: every stage runs from the raw data to the report."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fairlead.pipeline import run_pipeline
 
 
-@pytest.mark.skipif("FAIRLEAD_DATA" not in os.environ, reason="FAIRLEAD_DATA names no folder of real data")
-def test_hh_tiny_runs_from_the_raw_transcripts_to_the_report(tmp_path: Path) -> None:
+needs_data = pytest.mark.skipif("FAIRLEAD_DATA" not in os.environ, reason="FAIRLEAD_DATA names no folder of real data")
+
+
+def cut_down(tmp_path: Path, source: str) -> dict[str, Any]:
     data = Path(os.environ["FAIRLEAD_DATA"])
-    small = {
-        "name": "hh",
+    small: dict[str, Any] = {
+        "name": "tiny",
         "directory": str(tmp_path),
-        "data.path": str(data / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"),
+        "data.path": str(data / source),
         "data.text": str(data / "text" / "wikitext-2" / "valid.txt"),
         "stages.pretrain.model.scratch.hidden_size": 16,
         "stages.pretrain.model.scratch.num_layers": 1,
@@ -38,13 +41,32 @@ def test_hh_tiny_runs_from_the_raw_transcripts_to_the_report(tmp_path: Path) -> 
         small |= {f"stages.{stage}.train.steps": 2, f"stages.{stage}.train.batch_size": 4}
     for stage in ("sft", "reward", "folds", "dpo"):
         small[f"stages.{stage}.data.limit"] = 60
-    summary = run_pipeline("hh-tiny", small)
+    return small
+
+
+def check(summary: dict[str, Any]) -> None:
     assert summary["status"] == "finished"
-    prepared = json.loads((tmp_path / "hh" / "prepared" / "manifest.json").read_text())
-    assert prepared["counts"]["read"] == 1600
-    assert prepared["counts"]["dropped"] == {"empty answer": 4, "two turns of the same role running": 4}
     assert set(summary["models"]) == {"sft", "dpo", "ppo", "reward"}
     assert {"score", "kl", "length", "distinct_2", "win_rate"} <= summary["models"]["ppo"]["metrics"].keys()
     assert {"accuracy", "baselines", "verdict", "learning_curve"} <= summary["crossval"]["folds"].keys()
-    page = (tmp_path / "hh" / "report.html").read_text("utf-8")
+
+
+@needs_data
+def test_hh_tiny_runs_from_the_raw_transcripts_to_the_report(tmp_path: Path) -> None:
+    check(run_pipeline("hh-tiny", cut_down(tmp_path, "hh-rlhf/harmless-base/test.jsonl.gz")))
+    prepared = json.loads((tmp_path / "tiny" / "prepared" / "manifest.json").read_text())
+    assert prepared["counts"]["read"] == 1600
+    assert prepared["counts"]["dropped"] == {"empty answer": 4, "two turns of the same role running": 4}
+    page = (tmp_path / "tiny" / "report.html").read_text("utf-8")
     assert "two turns of the same role running" in page or "prompt longer than" in page
+
+
+@needs_data
+def test_stack_exchange_tiny_runs_from_the_raw_dumps_to_the_report(tmp_path: Path) -> None:
+    check(run_pipeline("stack-exchange-tiny", cut_down(tmp_path, "stackexchange")))
+    prepared = json.loads((tmp_path / "tiny" / "prepared" / "manifest.json").read_text())
+    assert prepared["counts"]["read"] == 2354 + 592 + 624 + 1986
+    sample = json.loads((tmp_path / "tiny" / "sft" / "samples.jsonl").read_text("utf-8").split("\n")[0])
+    assert sample["prompt"].startswith("Question: ")
+    assert sample["prompt"].endswith("\n\nAnswer:")
+    assert (tmp_path / "tiny" / "report.html").is_file()
