@@ -28,6 +28,7 @@ def cut_down(tmp_path: Path, source: str) -> dict[str, Any]:
         "stages.pretrain.model.scratch.vocab_size": 600,
         "stages.pretrain.train.steps": 3,
         "stages.pretrain.data.limit": 40,
+        "stages.pretrain.data.eval_fraction": 0.2,
         "stages.folds.folds": 2,
         "stages.folds.learning_curve": [0.5],
         "stages.ppo.ppo.rollout_size": 4,
