@@ -11,7 +11,6 @@ import pytest
 
 from fairlead.pipeline import run_pipeline
 
-
 needs_data = pytest.mark.skipif("FAIRLEAD_DATA" not in os.environ, reason="FAIRLEAD_DATA names no folder of real data")
 
 

@@ -128,3 +128,12 @@ def test_too_few_prompts_for_the_folds_are_refused(tmp_path: Path):
         cross_validate({"algorithm": "reward"}, out=tmp_path, data=ROWS, folds=1)
     with pytest.raises(ConfigError, match=r"at most 1, got 1\.5"):
         cross_validate({"algorithm": "reward"}, out=tmp_path, data=ROWS, learning_curve=[1.5])
+
+
+def test_columns_and_filters_hold_for_the_pairs_of_every_fold(runs: Runs, tmp_path: Path):
+    named = [{"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in (*ROWS, ROWS[0])]
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    wanted = tiny(runs, tmp_path, **{"data.columns": columns, "data.filter": {"dedupe": "exact"}, "train.steps": 2})
+    found = cross_validate({"algorithm": "reward"}, wanted, folds=2, out=tmp_path / "cv", data=named)
+    assert found["pairs"] == len(ROWS)
+    assert sum(found["data"]["dropped"].values()) == 1

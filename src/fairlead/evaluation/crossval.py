@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fairlead.algorithms import find
 from fairlead.assemble import Given
-from fairlead.config import Recipe, ResolvedRecipe
+from fairlead.config import DataSection, Recipe, ResolvedRecipe
+from fairlead.data.filters import apply_filters
 from fairlead.data.records import load_records
 from fairlead.data.splits import fold_of, keyed_hash, split_of
 from fairlead.errors import ConfigError, RunError
@@ -70,7 +71,11 @@ def cross_validate(
     source = settings.data.path if data is None else list(data)
     if source is None:
         raise ConfigError("no data: data.path is not given", hint="for example data.path=pairs.jsonl")
-    pairs, counts = load_records(source, Preference, limit=settings.data.limit)
+    given = settings.data
+    pairs, counts = load_records(
+        source, Preference, limit=given.limit, format=given.format, columns=given.columns, weights=given.weights
+    )
+    pairs = apply_filters(pairs, given.filter, counts)
     keys = [group_key(pair) for pair in pairs]
     placed = [fold_of(key, folds, settings.seed) for key in keys]
     if len(set(placed)) < folds:
@@ -80,6 +85,7 @@ def cross_validate(
     out = Path(out)
     _plan(out, {"recipe": resolved.as_dict(), "folds": folds, "data": _digest(pairs)})
 
+    on_rows = _on_plain_rows(resolved)
     margins = {name: np.zeros(len(pairs)) for name in ("reward", "length_only", "tf_idf")}
     by_fold: list[dict[str, Any]] = []
     for fold in range(folds):
@@ -88,7 +94,7 @@ def cross_validate(
         inner = [
             split_of(keys[i], {"fit": 1 - INNER_SHARE, "choose": INNER_SHARE}, settings.seed) == "choose" for i in rest
         ]
-        margins["reward"][held] = _trained_margins(resolved, train, heldout, out / f"fold-{fold}")
+        margins["reward"][held] = _trained_margins(on_rows, train, heldout, out / f"fold-{fold}")
         direction, margins["length_only"][held] = length_only(train, heldout)
         features, margins["tf_idf"][held] = tf_idf(train, heldout, inner)
         accuracies = {name: float(correctness(values[held]).mean()) for name, values in margins.items()}
@@ -104,11 +110,20 @@ def cross_validate(
         **compare(margins, keys, seed=settings.seed),
         "by_fold": by_fold,
         "learning_curve": [
-            _curve_point(resolved, share, pairs, keys, placed, margins["reward"], out) for share in learning_curve
+            _curve_point(on_rows, share, pairs, keys, placed, margins["reward"], out) for share in learning_curve
         ],
     }
     RunDirectory(out).write_json("crossval.json", result)
     return result
+
+
+def _on_plain_rows(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """The recipe for pairs that were read and filtered already."""
+    plain = DataSection()
+    settings = resolved.as_dict()
+    settings["data"] |= {name: getattr(plain, name) for name in ("format", "columns", "weights", "limit")}
+    settings["data"]["filter"] = plain.filter.model_dump()
+    return resolve(settings)
 
 
 def group_key(pair: Preference) -> str:
