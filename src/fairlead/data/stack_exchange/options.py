@@ -11,12 +11,16 @@ from fairlead.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class StackExchangeOptions:
-    """Shares of the questions: supervised finetuning, reward model, sampling, evaluation."""
+    """Each question serves one purpose, so that no stage sees what another was trained on."""
 
     finetune: float = 0.35
+    """Share of the questions for supervised fine-tuning and pretraining."""
     reward: float = 0.35
+    """Share of the questions whose answers are paired for the reward model."""
     rl: float = 0.15
+    """Share of the questions that are prompts to sample from."""
     evaluation: float = 0.15
+    """Share of the questions held out."""
     sft: Literal["all", "accepted_or_best"] = "all"
     """Which answers are demonstrations; the best has the highest score, then the lowest id."""
     max_pairs: int = 10
