@@ -17,8 +17,8 @@ environment: ## make or update .venv (PYTHON=python3.12 chooses the interpreter)
 demo: environment ## run the offline demonstration
 	.venv/bin/fairlead demo $(ARGS)
 
-demo-seeds: environment ## run the demonstration with several seeds (SEEDS=3)
-	.venv/bin/fairlead demo --seeds $(SEEDS) $(ARGS)
+demo-seeds: environment ## run the demonstration with several seeds (SEEDS=3, from 10 on)
+	.venv/bin/fairlead demo --seed 10 --seeds $(SEEDS) $(ARGS)
 
 test: environment ## run the tests
 	.venv/bin/python -m pytest -n 2 $(ARGS)
