@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ check: environment ## lint and test, as before every push
 bench-stack-exchange: environment ## time `prepare stack-exchange` (FAIRLEAD_DATA=folder ARGS="--sizes 20")
 	.venv/bin/python benchmarks/stack_exchange.py $(ARGS)
 
-clean: ## remove .venv, caches and build results; runs/ stays
-	rm -rf .venv .venv.lock build dist .pytest_cache .ruff_cache .hypothesis
+peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
+	@bash scripts/peers
+
+clean: ## remove .venv, benchmarks/peers/.venv, caches and build results; runs/ stays
+	rm -rf .venv .venv.lock benchmarks/peers/.venv build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -175,8 +175,8 @@ def test_the_field_that_holds_the_algorithms_section_is_no_key(tmp_path: Path) -
             ["model.scratch.intermediate_size (r.yaml:4): input should be greater than or equal to 1, got 0"],
         ),
         (
-            "optim: {name: adamx}\n",
-            ["optim.name (r.yaml:2): input should be 'adamw', 'adam' or 'sgd', got 'adamx'"],
+            "optim: {schedule: cosin}\n",
+            ["optim.schedule (r.yaml:2): input should be 'constant', 'linear' or 'cosine', got 'cosin'"],
         ),
         (
             "train:\n  steps: many\n",

@@ -135,3 +135,73 @@ def test_data_that_never_end_are_refused_before_the_weights_are_read(command: Co
     assert code == 3 and "no response of 3 records ends: each is cut at data.max_length=32" in err
     code, _, err = command(*arguments, "data.max_length=256")
     assert code == 4 and "cannot be loaded as a causal language model" in err
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def test_llama_2_7b_is_drawn_from_its_configuration(command: Command) -> None:
+    code, out, err = command("inspect", "llama-2-7b", "model.dtype=bfloat16")
+    assert code == 0, err
+    assert "layers.0-31 (LlamaDecoderLayer)" in out and "11008 x 4096" in out
+    assert "(2 + 8) bytes x 7 billion parameters = 70 GB" in out
+    assert "of all 6,738,415,616 parameters 67.4 GB; with gradients in 16 bits 80.9 GB" in out
+
+
+def test_opt_1_3b_as_the_sources_train_it_counts_adapters_and_value_head(command: Command) -> None:
+    settings = ("model.adapter.rank=8", "model.adapter.targets=attention", "model.adapter.last=2")
+    found = inspected(command, "opt-1.3b", "algorithm=ppo", *settings)["model"]
+    parts = {part["role"]: part for part in found["parts"]}
+    assert parts["policy adapter"]["trainable"] == 2 * 4 * (8 * 2048 + 2048 * 8) == 262_144
+    assert parts["value head"]["trainable"] == 2048 + 1
+    assert (found["trainable"], found["parameters"]) == (264_193, 1_315_758_080 + 264_193)
+    assert parts["base"]["weights"] == 4 * 1_315_758_080
+    assert parts["policy adapter"]["states"]["exp_avg"] == 4 * 262_144
+    _, out, _ = command("inspect", "opt-1.3b", "algorithm=ppo", *settings)
+    assert "policy adapter 262,144, value head 2,049" in out
+    assert "├─ 0-21 (OPTDecoderLayer)" in out and "└─ 22-23 (OPTDecoderLayer)" in out
+
+
+def test_a_model_may_be_a_folder_its_config_or_a_run(command: Command, tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    base().model.config.save_pretrained(model)
+    parameters = base().model.num_parameters()
+    for target in (model, model / "config.json", tmp_path / "run"):
+        assert inspected(command, target)["model"]["parameters"] == parameters
+    code, _, err = command("inspect", "nobody/nothing")
+    assert code in (3, 4) and "nobody/nothing" in err
+    code, _, err = command("inspect", model, "--html", tmp_path / "page.html")
+    assert code == 2 and "--html writes what is in data, and none are inspected" in err
+
+
+def test_a_recipe_shows_its_memory_and_its_data_or_one_of_them(command: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "pairs.jsonl", PAIRS)
+    scratch = ("model.path=null", "model.adapter=null", "model.scratch={vocab_size: 300}")
+    settings = (*scratch, f"data.path={file}", "data.template=hh", "data.max_length=64", "data.eval_fraction=0")
+    found = inspected(command, "dpo", *settings)
+    assert found["kind"] == "preference"
+    parts = {part["role"]: part["parameters"] for part in found["model"]["parts"]}
+    assert parts == {"policy": found["model"]["trainable"]}  # the reference is asked before the first step alone
+    assert "kind" not in inspected(command, "dpo", *settings, "--model-only")
+    assert inspected(command, "dpo", *settings, "--data-only")["model"] is None
+    assert inspected(command, "dpo", "model.path=null", *settings[-4:])["model"] is None
+    assert "kind" not in inspected(command, "dpo", *scratch, "data.path=null")
+    fewer = inspected(command, "dpo", *settings, "train.micro_batch_tokens=1024", "--model-only")["model"]
+    assert (found["model"]["step"]["tokens"], fewer["step"]["tokens"]) == (8192, 1024)
+    code, _, err = command("inspect", "dpo", "--model-only", "--data-only")
+    assert code == 2 and "nothing to inspect" in err
+    code, _, err = command("inspect", "dpo", "model.path=null", "--model-only")
+    assert code == 2 and "no model" in err
+
+
+def test_a_run_says_at_its_start_what_it_trains_and_what_it_takes(command: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "sft.jsonl", [{"prompt": "Why?", "response": "The fuse is loose."}] * 3)
+    scratch = ("model.path=null", "model.adapter=null", "model.scratch={vocab_size: 300, hidden_size: 32}")
+    data = (f"data.path={file}", "data.max_length=64", "data.eval_fraction=0")
+    where = (*data, f"run.directory={tmp_path / 'runs'}", "train.steps=1")
+    code, _, err = command("train", "sft", *scratch, *where)
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "runs" / "sft" / "manifest.json").read_text())
+    trained = manifest["parameters"]["trainable"]
+    assert f"trained: {trained:,} of {trained:,} parameters (100.0000%): policy {trained:,}" in err
+    assert "at the worst moment" in err and "will not fit" not in err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,12 @@ from fairlead.data.records import RecordType, has_heldout, load_records, prompt_
 from fairlead.data.render import Renderer
 from fairlead.data.sources import Counts
 from fairlead.errors import ConfigError
-from fairlead.models.load import add_tokens, load_base, load_tokenizer, pick_device, prepare, tokenizer_for
+from fairlead.models.adapters import StartAdapter
+from fairlead.models.load import Base, add_tokens, load_base, load_tokenizer, pick_device, prepare, tokenizer_for
+from fairlead.models.precision import autocast_of, training_notes
 from fairlead.models.roles import Models
+from fairlead.planning.show import announce
+from fairlead.rollout.rewards import shared_reward
 from fairlead.types import Algorithm, Prompt, Record, Text
 
 TOKENIZER_TEXTS = 200_000
@@ -37,8 +41,11 @@ class Given:
     """By the name of the algorithm's setting: a reward function, say."""
 
 
-def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path) -> tuple[Stage, tuple[str, ...]]:
-    """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait."""
+def assemble(
+    recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path, say: Callable[[str], None] = lambda _: None
+) -> tuple[Stage, tuple[str, ...]]:
+    """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait.
+    ``say`` is told the memory plan before the weights are loaded."""
     if recipe.data.packing == "wrapped" and algorithm.record is not Text:
         raise ConfigError(
             f"data.packing=wrapped cuts rows anywhere, which {algorithm.name} cannot take: it is for plain text",
@@ -50,25 +57,23 @@ def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Pa
     if algorithm.record is not Prompt:
         refuse_unlearnable(renderer, records)
     device = pick_device(recipe.model.device)
+    for line in announce(recipe, algorithm, build_models, given=given.model, tokenizer=tokenizer):
+        say(line)
     if given.model is None:
         base = load_base(recipe.model, tokenizer, template, seed=recipe.seed, device=device)
     else:
-        base = prepare(given.model, tokenizer, template, device, added=recipe.model.add_tokens, seed=recipe.seed)
-    settings = recipe.settings
-    value = getattr(settings, "value", None)
-    trunk = "shared"
-    if value is not None:
-        trunk = "adapter" if value.adapter else "shared" if value.trunk_gradient else "detached"
-    models = Models(
-        base,
-        algorithm.roles(settings),
-        adapter=recipe.model.adapter,
-        value_trunk=trunk,
-        compared=algorithm.compares,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
-        seed=recipe.seed,
-        autocast=torch.bfloat16 if device.type == "cuda" and recipe.model.dtype == "auto" else None,
-    )
+        section = recipe.model
+        base = prepare(
+            given.model,
+            tokenizer,
+            template,
+            device,
+            added=section.add_tokens,
+            seed=recipe.seed,
+            way=section.attention,
+            kernel=section.kernels,
+        )
+    models = build_models(recipe, algorithm, base, device)
     limit = getattr(base.model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         raise ConfigError(
@@ -77,7 +82,58 @@ def assemble(recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Pa
         )
     rows = {split: _rows(count) for split, count in counts.items()}
     stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, rows)
-    return stage, (*(statement(count, algorithm.record) for count in counts.values()), *base.notes)
+    read = (statement(count, algorithm.record) for count in counts.values())
+    return stage, (*read, *base.notes, *training_notes(recipe.model, base.model.dtype), *models.notes)
+
+
+def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: torch.device) -> Models:
+    """The roles of a run on its base; of a base on the meta device too, for its plan on ``device``."""
+    settings, section = recipe.settings, recipe.model
+    roles = tuple(algorithm.roles(settings))
+    copied = "reference" in roles and not algorithm.reference_first
+    if section.roles == "shared" and copied and not (section.adapter or section.num_layers_unfrozen):
+        raise ConfigError(
+            "model.roles=shared, but a policy whose weights are all trained leaves no base to share with its reference",
+            hint="set model.adapter=lora, or model.num_layers_unfrozen, or model.roles=auto",
+        )
+    if section.offload_activations and device.type == "cpu":
+        raise ConfigError(
+            "model.offload_activations moves activations from a GPU to the CPU, and this run is on the CPU",
+            hint="model.gradient_checkpointing=true saves their memory on any device",
+        )
+    reward, why = shared_reward(getattr(settings, "reward", None), section)
+    models = Models(
+        base,
+        roles,
+        adapter=section.adapter,
+        num_layers_unfrozen=section.num_layers_unfrozen,
+        reward=reward,
+        separate=section.roles == "separate",
+        reference_first=algorithm.reference_first,
+        compared=algorithm.compares,
+        gradient_checkpointing=section.gradient_checkpointing,
+        offload_activations=section.offload_activations,
+        seed=recipe.seed,
+        autocast=autocast_of(section, device),
+        **_value_form(getattr(settings, "value", None), reward, why),
+    )
+    if why:
+        models.notes = (*models.notes, f"reward: a model of its own, since {why}")
+    return models
+
+
+def _value_form(value: Any, reward: StartAdapter | None, why: str) -> dict[str, Any]:
+    """How the settings of a value say where it reads."""
+    if value is None:
+        return {}
+    if value.start == "reward" and reward is None:
+        raise ConfigError(
+            "the value is to start as the reward, which does not stand on the policy's base"
+            + (f": {why}" if why else ""),
+            hint="give a reward trained with model.adapter on the same base, or start: policy",
+        )
+    trunk = value.trunk if value.trunk != "policy" else "shared" if value.trunk_gradient else "detached"
+    return {"value_trunk": trunk, "num_value_layers": value.num_layers or 1, "value_start": value.start}
 
 
 def renderer_for(recipe: Recipe, tokenizer: Any, template: str | None) -> Renderer:

@@ -107,24 +107,34 @@ def _kind_lines(kind: dict[str, Any]) -> str:
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="a recipe, or data: a file, a folder or a hub id")],
+    target: Annotated[str, typer.Argument(help="a recipe, a model or data: a name, a file, a folder or a hub id")],
     settings: Settings = None,
     kind: Annotated[str | None, typer.Option("--as", help="kind of record: text, preference, ranking ...")] = None,
-    html: Annotated[Path | None, typer.Option(help="write the same as a page")] = None,
+    html: Annotated[Path | None, typer.Option(help="write what is in the data as a page too")] = None,
     rows: Annotated[int, typer.Option(min=0, help="records to draw as the model sees them")] = 3,
+    model_only: Annotated[bool, typer.Option("--model-only", help="leave the data aside")] = False,
+    data_only: Annotated[bool, typer.Option("--data-only", help="leave the model aside")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in data before anything is trained on them: counts, lengths, masks, duplicates, length bias."""
-    from fairlead.data.inspect.show import print_inspection, write_page
+    """Show what a run would be: the model's tree and the memory it takes, and what is in the data."""
+    from fairlead.data.inspect.show import print_inspection, print_sections, write_page
     from fairlead.inspection import inspect as run
+    from fairlead.planning.show import sections
 
-    found = run(target, settings or [], kind=kind, rows=rows)
+    if model_only and data_only:
+        raise ConfigError("--model-only and --data-only leave nothing to inspect", "give one of them")
+    found = run(target, settings or [], kind=kind, rows=rows, with_model=not data_only, with_data=not model_only)
     if html is not None:
-        write_page(found, html)
+        if found.data is None:
+            raise ConfigError(f"--html writes what is in data, and none are inspected in {target}")
+        write_page(found.data, html)
     if as_json:
         _print(found.as_dict(), True, "")
-    else:
-        print_inspection(found)
+        return
+    if found.plan is not None:
+        print_sections(target, sections(found.plan))
+    if found.data is not None:
+        print_inspection(found.data)
 
 
 @app.command()
@@ -183,6 +193,39 @@ def evaluate(
         _print(result, True, "")
     else:
         print_table(result)
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="a finished run, or an adapter: a folder or a hub id")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the base's when not given")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda: where it is computed and compared")] = "cpu",
+    into: Annotated[
+        str, typer.Option(help="of a base the run quantised: quantised (as the adapter saw it) or original")
+    ] = "quantised",
+    as_json: AsJson = False,
+) -> None:
+    """Merge a run's adapter into its base; written only if the result answers as the adapter does."""
+    from fairlead.models.merge import describe
+    from fairlead.models.merge import merge as run_merge
+
+    result = run_merge(run, out, dtype=dtype, device=device, into=into)
+    _print(result, as_json, f"{out}: {describe(result)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="a folder saved by merge, or a finished run")],
+    repo_id: Annotated[str, typer.Argument(help="the repository on the hub: owner/name")],
+    private: Annotated[bool, typer.Option("--private", help="a repository made now is private")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a model to the hub. Nothing else uploads anything."""
+    from fairlead.models.push import push as run_push
+
+    address = run_push(folder, repo_id, private=private)
+    _print({"address": address}, as_json, address)
 
 
 @app.command()

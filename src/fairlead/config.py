@@ -63,13 +63,50 @@ class ScratchSection(Section):
 
 
 class AdapterSection(Section):
-    """LoRA. The base stays frozen and serves as the reference."""
+    """Low-rank adapters, through peft; `model.adapter=lora` means all defaults. The base stays frozen."""
 
+    method: Literal["lora", "rslora", "dora"] = "lora"
+    """lora: scaled by alpha / rank (Hu et al. 2021); rslora: by alpha / sqrt(rank); dora: magnitude learned apart."""
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Module names (their last part), or `all-linear`: every linear layer but the head."""
+    targets: tuple[str, ...] | str = "all-linear"
+    """Linear layers that get an adapter: all-linear (every one but the head), attention, mlp, names (their last part),
+    or `re:` and a regular expression over full names."""
+    layers: tuple[int, int] | None = None
+    """First and last layer that get adapters, from 0, both included."""
+    last: int | None = Field(default=None, ge=1)
+    """Only so many of the last layers get adapters."""
+    train_also: tuple[str, ...] = ()
+    """Modules trained in full besides, by the last part of their name: embed_tokens, lm_head ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_range(self) -> AdapterSection:
+        if self.layers is not None and self.last is not None:
+            raise ValueError("layers and last are both given; they choose the same thing")
+        return self
+
+
+class QuantizeSection(Section):
+    """A frozen base in 8 or 4 bits, by bitsandbytes; `model.quantize=4bit` and `8bit` mean all defaults."""
+
+    bits: Literal[4, 8] = 4
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Of 4 bits (Dettmers et al. 2023)."""
+    double: bool = True
+    """The scales of 4 bits are quantised again: 0.37 bits a parameter less."""
+    compute_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type in which 4-bit layers multiply; auto: bfloat16 where the device is fast at it, else float32."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"bits": {"4bit": 4, "8bit": 8}.get(value, value)} if isinstance(value, str) else value
 
 
 class ModelSection(Section):
@@ -83,11 +120,31 @@ class ModelSection(Section):
     """Special tokens the tokenizer gets where it has them not, a template's for example; the embeddings grow, the new
     rows begin at the mean of the others."""
     adapter: AdapterSection | None = None
-    """Train LoRA adapters instead of all weights."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Type of the weights; auto: bfloat16 for frozen weights on GPUs that are fast at it, else float32."""
+    """Train adapters instead of all weights."""
+    quantize: QuantizeSection | None = None
+    """Load the frozen base in 8 or 4 bits; needs `adapter` and the extra `quant`."""
+    roles: Literal["auto", "shared", "separate"] = "auto"
+    """shared: reference and reward are adapters and heads on the policy's base, or the run is refused; separate: they
+    are models of their own; auto: shared wherever the adapters are of one base."""
+    num_layers_unfrozen: int | None = Field(default=None, ge=1)
+    """Full fine-tuning of the last layers alone; the reference is their frozen copy over the shared trunk (trlX's
+    hydra)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Type of the weights; auto: float32 for what is trained, bfloat16 for a frozen base on GPUs that are fast at it,
+    which then multiply in it throughout. float16 multiplies in it with scaled losses, and trains float32 weights;
+    bfloat16 without an adapter trains the weights in it."""
+    tf32: bool = False
+    """float32 products on GPUs with 10 bits of mantissa instead of 23: faster, but then float32 is no yardstick."""
+    attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = "auto"
+    """How attention is computed; auto: sdpa on CPUs, on GPUs flash-attn where installed and no prompt is shared, else
+    flex. A way that the device cannot take is refused."""
+    kernels: Literal["auto", "none", "liger"] = "auto"
+    """Faster norms, rotary embeddings and gated MLPs, where they compute the same; auto: our own on CPUs, liger's on
+    GPUs where installed; none: the modules of transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in the CPU's memory until then; for GPUs, and best with checkpointing."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
 
@@ -97,6 +154,10 @@ class ModelSection(Section):
             raise ValueError("model.path and model.scratch are both given; a model has one origin")
         if self.scratch is not None and self.adapter is not None:
             raise ValueError("model.adapter needs a base that is saved somewhere; a model from scratch is not")
+        if self.quantize is not None and self.adapter is None:
+            raise ValueError("model.quantize needs model.adapter: weights in 8 or 4 bits are frozen (adapter: lora)")
+        if self.num_layers_unfrozen is not None and self.adapter is not None:
+            raise ValueError("model.num_layers_unfrozen trains layers in full; with model.adapter, set adapter.last")
         return self
 
 
@@ -155,7 +216,13 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal[
+        "adamw", "adam", "sgd", "lion", "adafactor", "adamw-8bit", "paged-adamw-8bit", "lion-8bit", "paged-lion-8bit"
+    ] = "adamw"
+    """8bit: states of one byte, by bitsandbytes (extra `quant`); paged: in memory that a GPU moves to the CPU when it
+    is full. lion wants a third to a tenth of AdamW's learning rate."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: adamw keeps its two states in half the bytes, rounded at random so that small changes are not lost."""
     learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -170,6 +237,12 @@ class OptimSection(Section):
     """The same in steps; wins over `warmup_ratio`."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; null: measured, not clipped."""
+
+    @model_validator(mode="after")
+    def _states(self) -> OptimSection:
+        if self.state_dtype != "float32" and self.name != "adamw":
+            raise ValueError(f"state_dtype={self.state_dtype} is for adamw, not for {self.name}")
+        return self
 
 
 class TrainSection(Section):

@@ -1,17 +1,18 @@
-"""What `fairlead inspect` does: finds the records and the tokenizer of a recipe or of data, measures and draws them.
-Loads no weights."""
+"""What `fairlead inspect` does: finds the records and the tokenizer of a recipe or of data, measures and draws them;
+plans the memory of a recipe's run, or of training a model. Loads no weights."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fairlead.algorithms import find
-from fairlead.assemble import Given, load_data, renderer_for, texts_of
+from fairlead.assemble import Given, build_models, load_data, renderer_for, texts_of
 from fairlead.config import Recipe, Section, flatten, load_recipe
 from fairlead.config_file import shipped
 from fairlead.data.filters import held_kind
@@ -22,8 +23,9 @@ from fairlead.data.inspect.show import Inspection, Prepared
 from fairlead.data.prepare import MANIFEST
 from fairlead.data.render import Renderer
 from fairlead.data.sources import read_rows
-from fairlead.errors import ConfigError
+from fairlead.errors import ConfigError, ModelError
 from fairlead.models.load import load_tokenizer, tokenizer_for
+from fairlead.planning.plan import Plan, model_config, plan_run, shipped_shapes
 from fairlead.runner import resolve
 
 SCORES = ("chosen_score", "rejected_score")
@@ -39,25 +41,64 @@ PREPARED = {
 """Kind -> the name of its file in a prepared folder, the richest first."""
 
 
-def inspect(target: str, settings: Sequence[str] = (), *, kind: str | None = None, rows: int = 3) -> Inspection:
-    """Measures the data of a recipe (a file or a shipped name), or of a file, folder or hub id, and draws some records.
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What was found: of a recipe both, of a model its plan, of data what is in them."""
 
-    With a recipe its own data and model sections hold; with data the settings name them: model.path=... or
-    tokenizer=... gives lengths in tokens and masks. ``kind`` is one of KINDS, else the recipe's, else the richest that
-    the data hold. Raises ConfigError and DataError as training would.
+    target: str
+    plan: Plan | None
+    data: Inspection | None
+
+    def as_dict(self) -> dict[str, Any]:
+        data = {"target": self.target} if self.data is None else self.data.as_dict()
+        return {**data, "model": None if self.plan is None else self.plan.as_dict()}
+
+
+def inspect(
+    target: str,
+    settings: Sequence[str] = (),
+    *,
+    kind: str | None = None,
+    rows: int = 3,
+    with_model: bool = True,
+    with_data: bool = True,
+) -> Inspected:
+    """Plans the run of a recipe (a file or a shipped name) and measures its data; plans the training of a model (a
+    folder, a run, a config.json, a hub id or a shipped shape); or measures data (a file, folder or hub id), and draws
+    some records.
+
+    With a recipe its own sections hold; with a model the settings are those of a recipe, `algorithm` among them (sft
+    where it is not given); with data they name its columns, and model.path=... or tokenizer=... gives lengths in tokens
+    and masks. ``kind`` is one of KINDS, else the recipe's, else the richest that the data hold. Raises ConfigError,
+    DataError and ModelError as training would.
     """
     settings = [f"model.{text}" if text.startswith("tokenizer=") else text for text in settings]
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"no kind of record {kind!r}", hint=f"there are: {', '.join(KINDS)}")
     if _is_recipe(target):
         recipe, record = _of_recipe(target, settings)
-        record = record if kind is None else KINDS[kind]
-    else:
-        resolved = load_recipe(
-            {"algorithm": "inspect", "data": {"path": target}}, settings, settings_of=lambda _: ("inspect", Section)
-        )
-        recipe = resolved.recipe
-        record = KINDS[kind or _richest(recipe)]
+        has_model = (recipe.model.path or recipe.model.scratch) is not None
+        if not has_model and not with_data:
+            raise ConfigError("no model: neither model.path nor model.scratch is given", hint="model.path=DIR")
+        with_model = with_model and has_model
+        with_data = with_data and (recipe.data.path is not None or not with_model)
+        data, renderer = None, None
+        if with_data:
+            data, renderer = _data(target, recipe, record if kind is None else KINDS[kind], rows)
+        tokenizer = None if renderer is None else renderer.tokenizer
+        made = plan_run(recipe, find(recipe.algorithm), build_models, tokenizer=tokenizer) if with_model else None
+        return Inspected(target, made, data)
+    if with_model and kind is None and (model := _model(target)):
+        recipe = resolve({"algorithm": "sft", "model": {"path": model}}, settings).recipe
+        return Inspected(target, plan_run(recipe, find(recipe.algorithm), build_models), None)
+    resolved = load_recipe(
+        {"algorithm": "inspect", "data": {"path": target}}, settings, settings_of=lambda _: ("inspect", Section)
+    )
+    data, _ = _data(target, resolved.recipe, KINDS[kind or _richest(resolved.recipe)], rows)
+    return Inspected(target, None, data)
+
+
+def _data(target: str, recipe: Recipe, record: type[Any], rows: int) -> tuple[Inspection, Renderer | None]:
     records, held_out, counts = load_data(recipe, record, Given())
     renderer = _renderer(recipe, records)
     measures = measure(
@@ -68,7 +109,26 @@ def inspect(target: str, settings: Sequence[str] = (), *, kind: str | None = Non
         tokenizer=recipe.model.tokenizer or recipe.model.path or ("trained on these records" if renderer else None),
     )
     drawings = draw(records, measures, renderer, rows)
-    return Inspection(target, counts["train"], measures, drawings, _prepared(recipe))
+    return Inspection(target, counts["train"], measures, drawings, _prepared(recipe)), renderer
+
+
+def _model(target: str) -> str | None:
+    """What model.path would be, where the target is a model; a name that may be a hub id is asked for."""
+    path = Path(target)
+    if path.name == "config.json" and path.is_file():
+        return str(path.parent)
+    if path.is_dir():
+        places = [place / name for place in (path, path / "model") for name in ("config.json", "adapter_config.json")]
+        return target if any(place.is_file() for place in places) else None
+    if target in shipped_shapes():
+        return target
+    if path.exists() or target.count("/") != 1 or target.startswith((".", "/", "~")):
+        return None
+    try:
+        model_config(target)
+    except ModelError:
+        return None  # then it is a data set, or the error about one says that there is neither
+    return target
 
 
 def _is_recipe(target: str) -> bool:

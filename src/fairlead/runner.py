@@ -21,12 +21,15 @@ from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import RunError
 from fairlead.manifest import fingerprints, write_manifest
+from fairlead.models.card import write_card
 from fairlead.models.export import save_model
+from fairlead.models.precision import autocast_of
 from fairlead.rollout.native import NativeSampler
 from fairlead.tracking import Console, MetricsLog, RunDirectory, open_sink
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
 from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
+from fairlead.training.precision import LossScale
 from fairlead.types import Algorithm, Observer, Sampling
 
 SAMPLE_TOKENS = 64
@@ -113,12 +116,13 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
     path = folder or Path(recipe.run.directory) / (recipe.run.name or algorithm.name)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.model.tf32
     inputs = fingerprints(recipe, given)
     directory = RunDirectory.create(path, yaml.safe_dump(resolved.as_dict(), sort_keys=False, allow_unicode=True))
     with directory.lock():
         _refuse_finished(directory)
         try:
-            stage, notes = assemble(recipe, algorithm, given, path)
+            stage, notes = assemble(recipe, algorithm, given, path, say=_say)
             source = algorithm.source(stage)
             measure = algorithm.evaluation(stage) if stage.eval_records else dict
             notes = (*resolved.warnings, *notes)
@@ -153,6 +157,9 @@ def _train(
     best = recipe.train.best_metric or (algorithm.best if stage.eval_records else None)
     clock, log = Clock(), MetricsLog(directory, log_every=recipe.train.log_every, device=models.device.type)
     parts: dict[str, Any] = {"clock": clock, "source": source, "log": log}
+    scale = LossScale() if autocast_of(recipe.model, models.device) == torch.float16 else None
+    if scale is not None:
+        parts["loss_scale"] = scale
     state = RunState(models.trainable, optimizer, parts)
     checkpointer = Checkpointer(
         directory.checkpoints, state, every=recipe.train.save_every, keep=recipe.train.keep_checkpoints, best=best
@@ -189,6 +196,7 @@ def _train(
                 clock,
                 seed=recipe.seed,
                 measure=_due(recipe, source.num_steps, measure),
+                scale=scale,
             )
         _save(directory, stage, checkpointer)
         status = "finished"
@@ -252,6 +260,7 @@ def _save(directory: RunDirectory, stage: Stage, checkpointer: Checkpointer) -> 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_model(stage.models, temporary, template=stage.renderer.template, eos=stage.renderer.eos)
+        write_card(temporary, directory.path)
         shutil.rmtree(directory.model, ignore_errors=True)
         temporary.rename(directory.model)
     except OSError as error:

@@ -381,3 +381,5 @@ class Algorithm(Generic[C]):
     """The held-out metric that says which checkpoint is best; losses and perplexities are better when smaller."""
     compares: bool = True
     """Roles are compared with one another, so dropout is off in all of them."""
+    reference_first: bool = False
+    """The reference is asked before the first step alone: the model as it was loaded serves, and no copy is kept."""

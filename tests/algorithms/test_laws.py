@@ -132,7 +132,7 @@ def test_ppo_at_ratio_one_has_the_gradient_of_the_policy_gradient() -> None:
 
 @pytest.mark.parametrize("own_adapter", [False, True])
 def test_one_trunk_means_one_forward_an_update(own_adapter: bool) -> None:
-    settings = ppo.Settings(value=ppo.ValueSettings(adapter=own_adapter))
+    settings = ppo.Settings(value=ppo.ValueSettings(trunk="adapter" if own_adapter else "policy"))
     trunk = "adapter" if own_adapter else "shared"
     made = models(("policy", "reference", "value"), lora=True, value_trunk=trunk)
     trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from fairlead.config import AdapterSection
 from fairlead.data.pack import by_response, token_batch
 from fairlead.models.export import save_model
 from fairlead.models.load import load_causal
+from fairlead.models.roles import Models
+from tests.models.test_adapters import saved_base
 from tests.tiny import TREES, base, models, scatter, separate
 
 
@@ -55,22 +61,66 @@ def test_an_adapter_loads_in_peft_on_its_base_and_merged_through_our_loader(tmp_
         torch.testing.assert_close(got, _plain_logprobs(merged, tree), atol=1e-5, rtol=0)
 
 
+REWARDED = TREES[:2]
+
+
+def _scores(made) -> torch.Tensor:
+    with torch.no_grad(), made.use("reward"):
+        return made(token_batch(REWARDED, packed=True, pad_id=0), frozenset({"scores"})).scores
+
+
+def _plain_scores(classifier) -> torch.Tensor:
+    rows = [[*tree.prompt, *tree.responses[0]] for tree in separate(REWARDED)]
+    with torch.no_grad():
+        return torch.stack([classifier(torch.tensor([row])).logits[0, 0] for row in rows])
+
+
 def test_a_reward_model_loads_as_a_sequence_classifier_with_its_head(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    for lora in (False, True):
-        made = models(("reward",), lora=lora)
-        scatter(made)
-        batch = token_batch(TREES[:2], packed=True, pad_id=0)
-        with torch.no_grad(), made.use("reward"):
-            wanted = made(batch, frozenset({"scores"})).scores
-        folder = tmp_path / str(lora)
-        save_model(made, folder, template="plain")
-        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
-        rows = [[*tree.prompt, *tree.responses[0]] for tree in separate(TREES[:2])]
-        with torch.no_grad():
-            got = torch.stack([loaded(torch.tensor([row])).logits[0, 0] for row in rows])
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    made = models(("reward",))
+    scatter(made)
+    save_model(made, tmp_path / "model", template="plain")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(_plain_scores(loaded), _scores(made), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gpt_neox", "qwen3", "phi"])
+def test_a_reward_adapter_loads_in_peft_over_a_sequence_classifier_with_its_head(
+    architecture: str, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    start = saved_base(tmp_path / "base", architecture=architecture)
+    made = Models(start, ("reward",), adapter=AdapterSection(rank=4))
+    scatter(made)
+    save_model(made, tmp_path / "model", template="plain")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    loaded = PeftModel.from_pretrained(classifier, str(tmp_path / "model"))
+    torch.testing.assert_close(_plain_scores(loaded), _scores(made), atol=1e-5, rtol=0)
+    digest = hashlib.sha256((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
+    meta = json.loads((tmp_path / "model" / "fairlead.json").read_text())
+    assert (meta["template"], meta["role"]) == ("plain", "reward")
+    assert meta["base"] == {"path": str(tmp_path / "base"), "sha256": digest, "quantize": None}
+
+
+def test_what_the_value_has_of_its_own_is_saved_beside_the_policy(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    made = models(("policy", "value"), lora=True, value_trunk="adapter")
+    save_model(made, tmp_path / "adapter", template="plain")
+    saved = load_file(tmp_path / "adapter" / "value" / "adapter_model.safetensors")
+    policy = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == policy.keys()
+    for name, tensor in saved.items():
+        full = name.replace(".weight", ".value.weight")
+        assert torch.equal(tensor, made.trainable[f"network.{full}"])
+    made = models(("policy", "value"), value_trunk="layers")
+    save_model(made, tmp_path / "layers", template="plain")
+    saved = load_file(tmp_path / "layers" / "value" / "layers.safetensors")
+    assert saved and all(torch.equal(tensor, made.value.get_parameter(name)) for name, tensor in saved.items())
+    assert all(".layers.1." in name for name in saved)
 
 
 def test_generation_stops_at_the_token_that_ends_a_response(tmp_path: Path) -> None:

@@ -74,6 +74,45 @@ def test_gradients_are_the_slopes_of_the_values(
     assert torch.autograd.gradcheck(call, (hidden, weight, bias) if with_bias else (hidden, weight))
 
 
+def head_of_form(
+    hidden: Tensor, weight: Tensor, bias: Tensor, reduced: Tensor, up: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale 3, cap 2, an adapter of rank 2, temperature 0.7, all logits at once."""
+    raw = 3.0 * (hidden @ weight.T + reduced @ up.T + bias)
+    logs = (2.0 * torch.tanh(raw / 2.0) / 0.7).log_softmax(1)
+    return logs[torch.arange(len(targets)), targets], torch.special.entr(logs.exp()).sum(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_scale_cap_and_adapter_give_the_values_and_gradients_of_their_definition(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, with_entropy: bool
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, targets = inputs()
+    reduced, up = hidden[:, :2].flip(0).clone(), weight[:, :2].flip(0).clone()
+    leaves = [x.requires_grad_(True) for x in (hidden, weight, bias, reduced, up)]
+    weights = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+    wanted = head_of_form(hidden, weight, bias, reduced, up, targets)
+    ours = token_logprobs(
+        hidden, weight, targets, bias=bias, low_rank=(reduced, up), scale=3.0, cap=2.0, temperature=0.7,
+        with_entropy=with_entropy,
+    )  # fmt: skip
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours[1], wanted[1] if with_entropy else wanted[1][:0], rtol=1e-12, atol=1e-12)
+    gradients = [
+        torch.autograd.grad((weights * v).sum() + ((weights**2 * e).sum() if with_entropy else 0), leaves)
+        for v, e in (ours, wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+def test_the_cap_by_hand() -> None:
+    """Raw logits (0, 2) capped at 2: (0, 2 tanh 1); without the cap the odds would be e^2."""
+    values, _ = token_logprobs(torch.ones(1, 1), torch.tensor([[0.0], [2.0]]), torch.tensor([1]), cap=2.0)
+    assert values.item() == pytest.approx(-math.log1p(math.exp(-2 * math.tanh(1))), abs=1e-6)
+
+
 def test_only_the_gradients_asked_for_are_computed() -> None:
     hidden, weight, bias, targets = inputs()
     hidden.requires_grad_(True)
@@ -186,9 +225,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_the_logits_of_all_rows_never_exist_at_once_forward_or_backward(
-    monkeypatch: pytest.MonkeyPatch, with_entropy: bool
+    monkeypatch: pytest.MonkeyPatch, with_entropy: bool, cap: float | None
 ) -> None:
     rows, vocabulary, chunk = 60, 1000, 5000
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
@@ -196,8 +236,11 @@ def test_the_logits_of_all_rows_never_exist_at_once_forward_or_backward(
         x.requires_grad_(x.is_floating_point()) for x in inputs(torch.float32, rows, vocabulary)
     )
     assert max(hidden.numel(), weight.numel()) < chunk
+    low_rank = (hidden[:, :2], weight[:, :2])
     with LargestTensor() as forward:
-        values, entropy = token_logprobs(hidden, weight, targets, bias=bias, with_entropy=with_entropy)
+        values, entropy = token_logprobs(
+            hidden, weight, targets, bias=bias, low_rank=low_rank, cap=cap, with_entropy=with_entropy
+        )
     with LargestTensor() as backward:
         (values.sum() + entropy.sum()).backward()
     assert (forward.elements, backward.elements) == (chunk, chunk)

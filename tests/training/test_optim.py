@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from fairlead.config import OptimSection
+from fairlead.errors import ConfigError
 from fairlead.training.optim import Optimizer, learning_rate_factor
+from fairlead.training.rules import round_at_random
 
 
 def section(**settings: Any) -> OptimSection:
@@ -15,7 +17,7 @@ def section(**settings: Any) -> OptimSection:
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"layer.weight": (3, 2), "layer.bias": (3,), "norm.weight": (2,), "scale": ()}
+    shapes = {"layer.weight": (3, 2), "layer.bias": (3,), "norm.weight": (2,), "scale": (), "wide": (80, 64)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -102,12 +104,19 @@ def test_a_step_moves_by_the_scheduled_rate_and_drops_the_gradients() -> None:
 # --- decay ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_only_matrices_decay(name: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"name": name} for name in ("adamw", "sgd", "lion", "adafactor", "adamw-8bit", "lion-8bit")),
+        {"name": "adamw", "state_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_only_matrices_decay(settings: dict[str, Any]) -> None:
     """With zero gradients a step is the decay alone: times 1 - rate * decay."""
     given = parameters()
     before = {key: parameter.detach().clone() for key, parameter in given.items()}
-    optimizer = Optimizer(section(name=name, learning_rate=0.1, weight_decay=0.5, schedule="constant"), given, 1)
+    optimizer = Optimizer(section(**settings, learning_rate=0.1, weight_decay=0.5, schedule="constant"), given, 1)
     for parameter in given.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1)
@@ -127,12 +136,152 @@ def test_the_first_step_of_adam_is_the_sign_of_the_gradient_times_the_rate() -> 
         torch.testing.assert_close(parameter.detach(), before[key] - 0.01 * signs[key], rtol=0, atol=1e-6)
 
 
+# --- rules of our own, and of others ------------------------------------------------------------------------------
+
+
+def test_three_steps_of_lion_by_hand() -> None:
+    """Chen et al. 2023, algorithm 2, rate 0.1, betas 0.9 and 0.5, decay 0.5 (matrices only).
+
+    m: 0, 1, -0.5, ...; c = 0.9 m + 0.1 g: 0.2 -> +, 0.7 -> +, -0.4 -> -.
+    """
+    given = {"w": nn.Parameter(torch.tensor([[1.0]])), "b": nn.Parameter(torch.tensor([1.0]))}
+    settings = section(name="lion", learning_rate=0.1, betas=(0.9, 0.5), weight_decay=0.5, schedule="constant")
+    optimizer = Optimizer(settings, given, 3)
+    found: list[tuple[float, float]] = []
+    for step, gradient in enumerate((2.0, -2.0, 0.5), start=1):
+        for parameter in given.values():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step(step)
+        found.append((given["w"].item(), given["b"].item()))
+    # w: 1 * 0.95 - 0.1, 0.85 * 0.95 - 0.1, 0.7075 * 0.95 + 0.1
+    assert [w for w, _ in found] == pytest.approx([0.85, 0.7075, 0.772125])
+    assert [b for _, b in found] == pytest.approx([0.9, 0.8, 0.9])
+    assert optimizer.tensors()["b|exp_avg"].tolist() == [0.0]  # 0, 1, -0.5, 0
+
+
+def test_lion_steps_as_that_of_bitsandbytes_does() -> None:
+    from bitsandbytes.optim.lion import Lion32bit
+
+    ours, theirs = parameters(), parameters()
+    settings = section(name="lion", learning_rate=0.01, weight_decay=0.1, schedule="constant")
+    optimizer = Optimizer(settings, ours, 5)
+    groups = [
+        {"params": [p for p in theirs.values() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    other = Lion32bit(groups, lr=0.01, betas=(0.9, 0.95))
+    for step in range(1, 6):
+        fill_gradients(ours, step)
+        fill_gradients(theirs, step)
+        optimizer.step(step)
+        other.step()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-7)
+
+
+def test_the_first_step_of_adafactor_by_hand() -> None:
+    """Shazeer and Stern 2018: the step is relative to the weight's root mean square, here 2, and its own is clipped to
+    1; a gradient of one value is its factors' root exactly, so the update is its sign."""
+    given = {"w": nn.Parameter(torch.full((2, 3), 2.0))}
+    given["w"].grad = torch.full((2, 3), -0.5)
+    Optimizer(section(name="adafactor", learning_rate=0.01, schedule="constant"), given, 1).step(1)
+    torch.testing.assert_close(given["w"].detach(), torch.full((2, 3), 2.0 + 2.0 * 0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [({"name": "adamw-8bit"}, 0.05), ({"name": "adamw", "state_dtype": "bfloat16"}, 0.02)],
+    ids=str,
+)
+def test_small_states_change_the_path_of_adamw_but_little(settings: dict[str, Any], bound: float) -> None:
+    """Against torch's AdamW with fp32 states: the way of 20 steps, relative."""
+    small, plain = parameters(), parameters()
+    start = plain["wide"].detach().clone()
+    common = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    torch.manual_seed(0)
+    first, second = Optimizer(section(**common, **settings), small, 20), Optimizer(section(**common), plain, 20)
+    for step in range(1, 21):
+        for given, optimizer in ((small, first), (plain, second)):
+            fill_gradients(given, step)
+            optimizer.step(step)
+    way = (plain["wide"] - start).norm()
+    difference = (small["wide"] - plain["wide"]).norm() / way
+    assert 0 < difference.item() < bound
+
+
+def test_states_of_one_and_two_bytes() -> None:
+    """8 bits: a code a number and an fp32 scale for 256 of them, from 4096 numbers up; smaller ones stay in fp32."""
+    expected = {
+        "adamw-8bit": {"state1": (torch.uint8, 5120), "absmax1": (torch.float32, 20), "state2": (torch.uint8, 5120)},
+        "lion-8bit": {"state1": (torch.uint8, 5120), "absmax1": (torch.float32, 20)},
+        "lion": {"exp_avg": (torch.float32, 5120)},
+        "adafactor": {"row_var": (torch.float32, 80), "col_var": (torch.float32, 64)},
+    }
+    for name, fields in expected.items():
+        given = parameters()
+        optimizer = Optimizer(section(name=name), given, 1)
+        fill_gradients(given, 1)
+        optimizer.step(1)
+        held = {key.removeprefix("wide|"): value for key, value in optimizer.tensors().items() if "wide|" in key}
+        for field, (dtype, number) in fields.items():
+            assert (held[field].dtype, held[field].numel()) == (dtype, number), (name, field)
+        if "state1" in fields:
+            assert optimizer.tensors()["layer.weight|state1"].dtype == torch.float32
+
+
+def test_rounding_at_random_keeps_the_mean() -> None:
+    """1 + 2^-10 lies an eighth of the way from 1 to the next bfloat16, 1 + 2^-7."""
+    torch.manual_seed(0)
+    rounded = round_at_random(torch.full((40_000,), 1 + 2.0**-10)).float()
+    assert set(rounded.tolist()) == {1.0, 1 + 2.0**-7}
+    share = (rounded > 1).float().mean().item()
+    assert share == pytest.approx(1 / 8, abs=4 * math.sqrt(1 / 8 * 7 / 8 / 40_000))
+    negative = round_at_random(torch.full((1000,), -3.0))
+    assert negative.unique().tolist() == [-3.0]  # what bfloat16 can hold stays
+
+
+def test_paged_states_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"paged-adamw-8bit: a GPU pages its memory to the CPU, the cpu does not"):
+        Optimizer(section(name="paged-adamw-8bit"), parameters(), 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged optimizers need a CUDA device")
+@pytest.mark.parametrize("name", ["paged-adamw-8bit", "paged-lion-8bit"])
+def test_paged_states_go_out_and_in(name: str) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = [nn.Parameter(torch.ones(512, 512, device="cuda")) for _ in range(2)]
+    gradients = [torch.randn(512, 512, device="cuda", generator=generator) for _ in range(4)]
+    first, second = (Optimizer(section(name=name), {"w": weight}, 4) for weight in weights)
+    for step in (1, 2):
+        weights[0].grad = gradients[step - 1].clone()
+        first.step(step)
+    weights[1].data.copy_(weights[0])
+    second.load_tensors({key: value.clone() for key, value in first.tensors().items()})
+    for step in (3, 4):
+        for weight, optimizer in zip(weights, (first, second), strict=True):
+            weight.grad = gradients[step - 1].clone()
+            optimizer.step(step)
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_states_in_bfloat16_are_for_adamw() -> None:
+    with pytest.raises(ValueError, match=r"state_dtype=bfloat16 is for adamw, not for lion"):
+        section(name="lion", state_dtype="bfloat16")
+
+
 # --- state ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_the_state_goes_out_and_in_bit_for_bit(name: str) -> None:
-    settings = section(name=name, learning_rate=0.05, weight_decay=0.1)
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"name": name} for name in ("adamw", "adam", "sgd", "lion", "adafactor", "adamw-8bit", "lion-8bit")),
+        {"name": "adamw", "state_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_the_state_goes_out_and_in_bit_for_bit(given: dict[str, str]) -> None:
+    settings = section(**given, learning_rate=0.05, weight_decay=0.1)
     uninterrupted, continued = parameters(), parameters()
     first = Optimizer(settings, uninterrupted, 6)
     for step in (1, 2, 3):
@@ -148,8 +297,9 @@ def test_the_state_goes_out_and_in_bit_for_bit(name: str) -> None:
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[key], value) and again[key].dtype == value.dtype for key, value in saved.items())
     for step in (4, 5, 6):
-        for given, optimizer in ((uninterrupted, first), (continued, second)):
-            fill_gradients(given, step)
+        for parameters_, optimizer in ((uninterrupted, first), (continued, second)):
+            torch.manual_seed(step)  # as the loop does: rounding at random draws from it
+            fill_gradients(parameters_, step)
             optimizer.clip()
             optimizer.step(step)
     for key in uninterrupted:

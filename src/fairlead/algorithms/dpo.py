@@ -115,4 +115,5 @@ ALGORITHM = Algorithm(
     source=source,
     evaluation=evaluation,
     headline=("loss", "rewards/accuracies", "rewards/margins"),
+    reference_first=True,
 )

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairlead.algorithms.stage import Stage
@@ -45,10 +45,26 @@ from fairlead.types import (
 
 
 class ValueSettings(Section):
+    trunk: Literal["policy", "adapter", "layers", "model"] = "policy"
+    """What the value head reads: the policy's trunk, in one pass with it; an adapter of its own (needs model.adapter);
+    `num_layers` last layers of its own over the policy's (needs all weights trained); or a model of its own."""
     trunk_gradient: bool = True
-    """The value's loss reaches the trunk it reads."""
-    adapter: bool = False
-    """The value has a LoRA adapter of its own instead of reading the policy's trunk; needs model.adapter."""
+    """The value's loss reaches the policy's trunk."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """With trunk: layers, how many of them."""
+    start: Literal["policy", "reward"] = "policy"
+    """With trunk: adapter or model, the value's adapter begins as the policy's does and its head at zero; or both as
+    those of a reward that stands on the same base."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> ValueSettings:
+        if self.trunk != "policy" and not self.trunk_gradient:
+            raise ValueError("trunk_gradient=false speaks of the policy's trunk, but trunk names another")
+        if (self.trunk == "layers") != (self.num_layers is not None):
+            raise ValueError("trunk=layers and num_layers are given together")
+        if self.start == "reward" and self.trunk not in ("adapter", "model"):
+            raise ValueError("start=reward needs trunk=adapter or trunk=model")
+        return self
 
 
 class Settings(Section):
@@ -103,11 +119,11 @@ def value_term(outputs: Outputs, batch: RolloutBatch, *, settings: Settings) -> 
 
 
 def passes(settings: Settings) -> tuple[Pass, ...]:
-    """One pass where the value reads the policy's trunk, two where it has an adapter of its own."""
+    """One pass where the value reads the policy's trunk, two where it has one of its own."""
     policy = Term("policy", "token", partial(policy_term, settings=settings))
     value = Term("value", "token", partial(value_term, settings=settings), settings.value_coef)
     seen = frozenset({"logprobs", "entropy"})
-    if settings.value.adapter:
+    if settings.value.trunk != "policy":
         return (
             Pass("policy", (policy,), seen, settings.temperature),
             Pass("value", (value,), frozenset({"values"})),
@@ -264,7 +280,8 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     chosen = [prompt for prompt, _ in prompts][: settings.num_eval_prompts]
     sampler = NativeSampler(stage.models, stage.renderer, rows=settings.rollout_rows)
     rewards = {"score": _reward(stage)} | {
-        name: open_reward(where, stage.renderer, device=stage.models.device) for name, where in settings.watch.items()
+        name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+        for name, where in settings.watch.items()
     }
     budget = stage.recipe.train.micro_batch_tokens
 
@@ -293,7 +310,7 @@ def _reward(stage: Stage) -> Reward:
     where = stage.objects.get("reward", stage.settings.reward)
     if where is None:
         raise ConfigError("no reward to optimise", hint="set ppo.reward to a reward run or to module:function")
-    return open_reward(where, stage.renderer, device=stage.models.device)
+    return open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
 
 
 ALGORITHM = Algorithm(

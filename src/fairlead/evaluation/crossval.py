@@ -32,7 +32,7 @@ from fairlead.evaluation.metrics import (
     sign_flip_p_value,
 )
 from fairlead.models.load import pick_device
-from fairlead.rollout.rewards import ModelReward
+from fairlead.rollout.rewards import open_model
 from fairlead.runner import resolve, run_stage
 from fairlead.tracking import RunDirectory
 from fairlead.types import Preference
@@ -175,7 +175,7 @@ def _trained_margins(
         # A best checkpoint chosen on the held-out fold would be flattered by it; the recipe's own held-out part serves.
         seen = None if recipe.train.save_best else [_row(pair) for pair in heldout]
         run_stage(resolved, Given(data=[_row(pair) for pair in train], eval_data=seen), folder=folder)
-    return pair_margins(ModelReward(str(folder), device=pick_device(recipe.model.device)), heldout)
+    return pair_margins(open_model(str(folder), device=pick_device(recipe.model.device)), heldout)
 
 
 def _curve_point(

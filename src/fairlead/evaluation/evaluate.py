@@ -34,7 +34,7 @@ from fairlead.models.roles import Models
 from fairlead.ops.kl import k1
 from fairlead.rollout.experience import measure_tokens
 from fairlead.rollout.native import NativeSampler
-from fairlead.rollout.rewards import ModelReward, open_reward
+from fairlead.rollout.rewards import ModelReward, open_model, open_reward
 from fairlead.runner import resolve
 from fairlead.tracking import RunDirectory
 from fairlead.types import Conversation, Demonstration, Preference, Prompt, Record, Rollout, Sampling
@@ -263,9 +263,12 @@ def _answer(run: _Run, plan: _Plan, models: Models) -> _Answers:
 
 
 def _policy(run: _Run, device: torch.device) -> Models:
-    section = ModelSection(path=str(run.directory.path), dtype=run.recipe.model.dtype)
+    """Its adapter merged, or as it was trained where the base is quantised."""
+    model = run.recipe.model
+    adapter = model.adapter if model.quantize else None
+    section = ModelSection(path=str(run.directory.path), dtype=model.dtype, adapter=adapter, quantize=model.quantize)
     base = load_base(section, run.tokenizer, run.template, seed=0, device=device)
-    return Models(base, ("policy",))
+    return Models(base, ("policy",), adapter=adapter)
 
 
 def _evaluate_policy(run: _Run, plan: _Plan, base: _Answers | None) -> dict[str, Any]:
@@ -361,7 +364,7 @@ def _as_text(prompt: Conversation) -> str:
 
 
 def _evaluate_reward(run: _Run, plan: _Plan) -> dict[str, Any]:
-    reward = ModelReward(str(run.directory.path), device=plan.device)
+    reward = open_model(str(run.directory.path), device=plan.device)
     prompts = [prompt_key(pair) for pair in plan.pairs]
     metrics = {
         "accuracy": pair_accuracy(pair_margins(reward, plan.pairs), prompts, seed=plan.seed),

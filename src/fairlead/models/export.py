@@ -7,50 +7,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairlead.errors import ModelError
+from fairlead.models.adapters import save_adapter
 from fairlead.models.attention import NAME
+from fairlead.models.identity import weights_sha256
 from fairlead.models.load import META
 from fairlead.models.roles import Models
 
 
 def save_model(models: Models, folder: Path, *, template: str, eos: int | None = None) -> None:
-    """The policy as a causal language model (an adapter as peft saves it), the reward as a sequence classifier with its
-    head, the value head beside the policy. ``folder`` is written as a whole by the caller's rename. ``eos`` ends a
-    response, where it is not the tokenizer's end of sequence: generation stops at either."""
+    """The trained role: all its weights as a causal language model, or as a sequence classifier with its head; or its
+    adapter as peft saves it, a reward's with its head. What a value has of its own stands beside. ``folder`` is written
+    as a whole by the caller's rename. ``eos`` ends a response, where it is not the tokenizer's end of sequence:
+    generation stops at either."""
     folder.mkdir(parents=True)
-    causal = models.causal
-    role = "reward" if "reward" in models.roles else "policy"
-    if role == "reward":
-        _classifier(models).save_pretrained(folder)
-    elif models.is_peft:
-        models.network.save_pretrained(folder, selected_adapters=["policy"])
-        _lift(folder / "policy", folder)
+    causal, role = models.causal, models.main
+    score = models.heads["reward"].get_parameter("linear.weight") if role == "reward" else None
+    if models.is_peft:
+        save_adapter(models.network, role, folder, score=score)
+    elif score is not None:
+        _classifier(models, score).save_pretrained(folder)
     else:
         _plain_config(causal.config)
         causal.save_pretrained(folder)
         causal.config._attn_implementation = NAME if models.forest else causal.config._attn_implementation
     if "value" in models.heads:
-        from safetensors.torch import save_file
-
-        save_file(
-            {k: v.contiguous() for k, v in models.heads["value"].state_dict().items()},
-            folder / "value_head.safetensors",
-        )
+        _save_value(models, folder)
     models.tokenizer.save_pretrained(folder)
     if role == "policy" and causal.generation_config is not None:
         ends = [models.tokenizer.eos_token_id] if eos is None else [eos, models.tokenizer.eos_token_id]
         causal.generation_config.eos_token_id = ends[0] if len(set(ends)) == 1 else ends
         causal.generation_config.save_pretrained(folder)
-    (folder / META).write_text(json.dumps({"template": template, "role": role}, indent=1) + "\n", "utf-8")
+    meta: dict[str, Any] = {"template": template, "role": role}
+    if models.is_peft:
+        meta["base"] = {
+            "path": models.origin or causal.name_or_path or None,
+            "sha256": models.origin and weights_sha256(models.origin),
+            "quantize": models.quantize and models.quantize.model_dump(),
+        }
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
 
 
-def _lift(inner: Path, folder: Path) -> None:
-    """peft saves an adapter in a folder of its name; move it where a plain load looks."""
-    if inner.is_dir():
-        for path in inner.iterdir():
-            path.rename(folder / path.name)
-        inner.rmdir()
+def _save_value(models: Models, folder: Path) -> None:
+    """The value's head, and in ``value/`` the adapter or the layers it has of its own."""
+    from safetensors.torch import save_file
+
+    weights = {k: v.contiguous() for k, v in models.heads["value"].state_dict().items()}
+    save_file(weights, folder / "value_head.safetensors")
+    owner = next((n for n in (models.network, models.value) if "value" in getattr(n, "peft_config", ())), None)
+    if owner is not None:
+        save_adapter(owner, "value", folder / "value")
+    elif models.value is not None:
+        (folder / "value").mkdir()
+        own = {n.removeprefix("value."): p for n, p in models.trainable.items() if n.startswith("value.")}
+        save_file({n: p.detach().contiguous() for n, p in own.items()}, folder / "value" / "layers.safetensors")
 
 
 def _plain_config(config: Any) -> None:
@@ -59,15 +71,11 @@ def _plain_config(config: Any) -> None:
     config.use_cache = True
 
 
-def _classifier(models: Models) -> Any:
+def _classifier(models: Models, score: Tensor) -> Any:
     """A transformers sequence classifier of one label that gives the scores of the reward role."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     causal = models.causal
-    if models.is_peft:
-        import copy
-
-        causal = copy.deepcopy(models.network).merge_and_unload(adapter_names=["reward"])
     settings = causal.config.to_dict() | {
         "num_labels": 1,
         "id2label": {0: "reward"},
@@ -83,5 +91,5 @@ def _classifier(models: Models) -> Any:
         raise ModelError(f"transformers has no sequence classifier for {model_type}: {error}") from error
     classifier.base_model.load_state_dict(causal.base_model.state_dict())
     with torch.no_grad():
-        classifier.score.weight.copy_(models.heads["reward"].get_parameter("linear.weight"))
+        classifier.score.weight.copy_(score)
     return classifier

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fairlead.errors import ModelError
 from fairlead.ops.sampling import stream_key
+
+
+def trunk_width(model: Any) -> int:
+    """Width of the last hidden states (OPT-350m's differs from its layers')."""
+    head = model.get_output_embeddings()
+    return int((model.get_input_embeddings() if head is None else head).weight.shape[1])
 
 
 class ScalarHead(nn.Module):
@@ -25,6 +34,14 @@ class ScalarHead(nn.Module):
                 self.linear.bias.zero_()
             else:
                 self.linear.weight.normal_(0, (hidden_size + 1) ** -0.5, generator=generator)
+
+    @torch.no_grad()
+    def start_as(self, weight: Tensor) -> None:
+        """Begin with the weights of another head, [1, H]. Raises ModelError for one of another width."""
+        own = self.linear.weight
+        if weight.shape != own.shape:
+            raise ModelError(f"a saved score head is {tuple(weight.shape)}, this trunk takes {tuple(own.shape)}")
+        own.copy_(weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden.to(self.linear.weight.dtype))[..., 0]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from fairlead.config import ModelSection, ScratchSection
+from fairlead.config import ModelSection, QuantizeSection, ScratchSection
 from fairlead.errors import ConfigError, ModelError
-from fairlead.models import attention
+from fairlead.models import attention, kernels
+from fairlead.models.adapters import StartAdapter
+from fairlead.models.identity import weights_sha256
+from fairlead.models.lm_head import check_logits
+from fairlead.models.precision import dtype_of
+from fairlead.models.pretrained import no_model, read_config, read_model
+from fairlead.models.quantize import is_quantised, prepare_quantised
 from fairlead.ops.sampling import stream_key
 
 META = "fairlead.json"
 """Beside the weights: what a later stage must know of them (the template, the role)."""
-UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of families whose logits are not hidden @ weight + bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,15 @@ class Base:
     """The template its stage was trained with, when known."""
     forest: bool
     """Whether its attention takes forests of runs; else rows must be padded."""
+    way: str = "auto"
+    """How attention over forests is computed: `model.attention`."""
     notes: tuple[str, ...] = ()
+    start: StartAdapter | None = None
+    """The adapter the weights were saved as, not merged: what a stage that trains adapters continues."""
+    origin: str | None = None
+    """Where the weights were read; none for a model from scratch, or handed in."""
+    quantize: QuantizeSection | None = None
+    """How they were quantised."""
 
 
 def resolve_folder(path: str) -> Path | None:
@@ -66,7 +78,8 @@ def tokenizer_for(section: ModelSection, texts: Iterable[str]) -> tuple[Any, str
         tokenizer = load_tokenizer(section.tokenizer or "")
     else:
         origin, folder = _origin(section)
-        _require_config(origin)
+        if not (Path(origin) / "adapter_config.json").is_file():
+            read_config(origin)
         tokenizer, template = load_tokenizer(section.tokenizer or origin), read_meta(folder).get("template")
     add_tokens(tokenizer, section)
     return tokenizer, template
@@ -88,10 +101,30 @@ def add_tokens(tokenizer: Any, section: ModelSection) -> None:
 def load_base(section: ModelSection, tokenizer: Any, template: str | None, *, seed: int, device: torch.device) -> Base:
     """The model a recipe names, with what `tokenizer_for` gave."""
     if section.scratch is not None:
-        return prepare(build(section.scratch, tokenizer, seed, dtype_of(section, device)), tokenizer, None, device)
+        model = build(section.scratch, tokenizer, seed, dtype_of(section, device))
+        return prepare(model, tokenizer, None, device, way=section.attention, kernel=section.kernels)
     origin, _ = _origin(section)
-    model = load_causal(origin, dtype_of(section, device))
-    return prepare(model, tokenizer, template, device, added=section.add_tokens, seed=seed)
+    start = start_of(section)
+    if start is not None:
+        origin = base_of(start.path)
+    model = load_causal(origin, dtype_of(section, device), device, section.quantize)
+    base = prepare(
+        model,
+        tokenizer,
+        template,
+        device,
+        added=section.add_tokens,
+        seed=seed,
+        way=section.attention,
+        kernel=section.kernels,
+    )
+    return replace(base, start=start, origin=origin, quantize=section.quantize)
+
+
+def start_of(section: ModelSection) -> StartAdapter | None:
+    """The saved adapter a recipe would continue: it names one, and trains adapters itself."""
+    folder = None if section.path is None or section.adapter is None else resolve_folder(section.path)
+    return StartAdapter.read(folder) if folder and (folder / "adapter_config.json").is_file() else None
 
 
 def _origin(section: ModelSection) -> tuple[str, Path | None]:
@@ -112,15 +145,17 @@ def prepare(
     *,
     added: Sequence[str] = (),
     seed: int = 0,
+    way: str = "auto",
+    kernel: str = "auto",
 ) -> Base:
     """Set a model's attention, or say why rows must be padded; refuse what would be computed wrongly.
 
-    ``added`` are tokens the embeddings may grow for; the new rows are drawn from ``seed``.
+    ``added`` are tokens the embeddings may grow for; the new rows are drawn from ``seed``. ``way`` is
+    `model.attention`, ``kernel`` is `model.kernels`.
     """
-    config = model.config
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ModelError(f"{config.model_type} scales or caps its logits ({name}), which is not supported")
+    if is_quantised(model):
+        prepare_quantised(model)
+    check_logits(model)
     notes: list[str] = []
     embeddings = model.get_input_embeddings().weight.shape[0]
     grown = set(range(embeddings, len(tokenizer)))
@@ -132,14 +167,13 @@ def prepare(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}",
             hint="give the tokenizer that belongs to the model",
         )
-    forest = config.model_type in attention.FAMILIES
-    if forest:
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
-    else:
-        notes.append(f"{config.model_type}: attention over packed rows is not known to be right; rows are padded")
+    forest = attention.install(model, way, device)
+    if not forest:
+        kind = model.config.model_type
+        notes.append(f"{kind}: attention over packed rows is not known to be right; rows are padded")
+    kernels.install(model, kernel, device)
     model.config.use_cache = False
-    return Base(model.to(device), tokenizer, template, forest, tuple(notes))
+    return Base(model.to(device), tokenizer, template, forest, way, tuple(notes))
 
 
 def _grow(model: Any, rows: int, seed: int) -> None:
@@ -150,14 +184,6 @@ def _grow(model: Any, rows: int, seed: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=True)
     finally:
         torch.random.set_rng_state(state)
-
-
-def dtype_of(section: ModelSection, device: torch.device) -> torch.dtype:
-    """`auto` keeps trained weights in fp32; a frozen base under an adapter is bf16 where the device is fast at it."""
-    if section.dtype != "auto":
-        return cast(torch.dtype, getattr(torch, section.dtype))
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast and section.adapter is not None else torch.float32
 
 
 def pick_device(name: str) -> torch.device:
@@ -172,45 +198,56 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_causal(origin: str, dtype: torch.dtype) -> Any:
-    """A causal language model; an adapter folder is loaded with its base and merged into it."""
-    from transformers import AutoModelForCausalLM
+def load_causal(
+    origin: str, dtype: torch.dtype, device: torch.device | None = None, section: QuantizeSection | None = None
+) -> Any:
+    """A causal language model; an adapter folder is loaded with its base and merged into it. Raises ModelError for an
+    adapter whose base is quantised, into which nothing can be merged."""
+    device = torch.device("cpu") if device is None else device
+    folder = Path(origin)
+    if not (folder / "adapter_config.json").is_file():
+        return read_model(origin, dtype, device, section=section)
+    if section is not None or read_meta(folder).get("base", {}).get("quantize"):
+        raise ModelError(
+            f"{origin} is an adapter on a quantised base, into which it cannot be merged on loading",
+            hint=f"merge it into the unquantised base: fairlead merge {origin} --out DIR, and start from DIR",
+        )
+    from peft import PeftModel
 
-    adapter = Path(origin) / "adapter_config.json"
+    model = load_causal(base_of(folder), dtype, device)
     try:
-        if not adapter.is_file():
-            return AutoModelForCausalLM.from_pretrained(origin, dtype=dtype)
-        from peft import PeftModel
-
-        base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-        if base is None:
-            raise ModelError(
-                f"{origin} is an adapter that does not name its base", hint="merge it, or name the base in it"
-            )
-        inner = resolve_folder(base)
-        model = load_causal(base if inner is None else str(inner), dtype)
         return PeftModel.from_pretrained(model, origin).merge_and_unload().requires_grad_(True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{origin} is an adapter of another base: {str(error).splitlines()[-1].strip()}",
+            hint="give the base it was trained on",
+        ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise _no_model(origin, error) from error
+        raise no_model(origin, "causal language model", error) from error
 
 
-def _require_config(origin: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        if not (Path(origin) / "adapter_config.json").is_file():
-            AutoConfig.from_pretrained(origin)
-    except (OSError, ValueError) as error:
-        raise _no_model(origin, error) from error
+def base_origin(path: str) -> str:
+    """Where the base of a model is: of an adapter the one it names, else the model itself."""
+    folder = resolve_folder(path)
+    if folder is None:
+        return path
+    return base_of(folder) if (folder / "adapter_config.json").is_file() else str(folder)
 
 
-def _no_model(origin: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"{origin} cannot be loaded as a causal language model: {error}",
-        hint="give a folder saved by transformers or peft, or a finished run"
-        if Path(origin).exists()
-        else f"there is no folder {origin} here, so it was taken for a hub id: check the path, and the network",
-    )
+def base_of(folder: Path) -> str:
+    """Where the base of a saved adapter is. Raises ModelError for one that names none, or whose base has changed."""
+    name = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    if name is None:
+        raise ModelError(f"{folder} is an adapter that does not name its base", hint="merge it, or name the base in it")
+    inner = resolve_folder(name)
+    origin = name if inner is None else str(inner)
+    recorded = read_meta(folder).get("base", {}).get("sha256")
+    if recorded is not None and weights_sha256(origin) not in (recorded, None):
+        raise ModelError(
+            f"{folder} is an adapter of other weights than those that {origin} holds now",
+            hint="bring the base back that it was trained on: its sha256 is " + recorded,
+        )
+    return origin
 
 
 def load_tokenizer(origin: str) -> Any:

@@ -6,7 +6,6 @@ One model call is one forward of this module: trunk, gather at ``previous``, chu
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
@@ -15,26 +14,29 @@ from torch import Tensor, nn
 
 from fairlead.config import AdapterSection
 from fairlead.errors import ModelError
-from fairlead.models.adapters import activate, add_adapters
+from fairlead.models import forms
+from fairlead.models.adapters import StartAdapter, activate, saved_score
 from fairlead.models.attention import Forest
-from fairlead.models.heads import ScalarHead
+from fairlead.models.forms import Forms, ValueTrunk
+from fairlead.models.heads import ScalarHead, trunk_width
+from fairlead.models.lm_head import head_logprobs
 from fairlead.models.load import Base
-from fairlead.ops.logprobs import token_logprobs
+from fairlead.models.offload import offloaded
 from fairlead.types import Outputs, TokenBatch
-
-ValueTrunk = Literal["shared", "detached", "adapter"]
 
 
 class Models(nn.Module):
     """The roles of a run.
 
     Args:
-        base: the loaded model.
-        roles: of policy, reference, reward, value. The first of policy and reward is the one trained.
-        adapter: LoRA settings; none trains all weights.
-        value_trunk: ``shared``: the value head reads the policy's trunk and its loss reaches it; ``detached``: it does
-            not reach it; ``adapter``: the value has an adapter of its own.
+        base: the loaded model, and the adapter to continue where it was saved as one.
+        roles: of policy, reference, reward, value. The policy is the one trained, or the reward where there is none.
+        adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, reward, separate, reference_first:
+            see `Forms`; with ``reward`` its role is added to the others.
         compared: the roles' outputs are compared with one another, so dropout is off everywhere.
+
+    Raises:
+        ModelError: for forms that do not go together, and where nothing would be trained.
     """
 
     def __init__(
@@ -43,82 +45,88 @@ class Models(nn.Module):
         roles: Iterable[str],
         *,
         adapter: AdapterSection | None = None,
+        num_layers_unfrozen: int | None = None,
         value_trunk: ValueTrunk = "shared",
+        num_value_layers: int = 1,
+        value_start: Literal["policy", "reward"] = "policy",
+        reward: StartAdapter | None = None,
+        separate: bool = False,
+        reference_first: bool = False,
         compared: bool = True,
         gradient_checkpointing: bool = False,
+        offload_activations: bool = False,
         seed: int = 0,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.roles = tuple(roles)
-        self.tokenizer, self.forest = base.tokenizer, base.forest
-        self._value_trunk, self._autocast, self._role = value_trunk, autocast, ""
-        main = "reward" if "reward" in self.roles else "policy"
-        if value_trunk == "adapter" and "value" in self.roles and adapter is None:
-            raise ModelError("a value with an adapter of its own needs model.adapter", hint="set model.adapter.rank=16")
-        self._adapter_of: dict[str, str | None] = {role: main for role in self.roles if role != "reference"}
-        if value_trunk == "adapter" and "value" in self.roles:
-            self._adapter_of["value"] = "value"
-        self.network: Any = base.model
-        self.reference: Any = None
-        if "reference" in self.roles:
-            if adapter is None:
-                self.reference = copy.deepcopy(base.model).requires_grad_(False)
-            self._adapter_of["reference"] = None
-        hidden, device = base.model.get_input_embeddings().weight.shape[1], base.model.device
+        roles = tuple(roles)
+        form = Forms(
+            adapter,
+            num_layers_unfrozen,
+            value_trunk,
+            num_value_layers,
+            value_start,
+            reward,
+            separate,
+            reference_first,
+        )
+        form.refuse(roles)
+        self.main = "policy" if "policy" in roles else "reward"
+        """The role that is trained and saved."""
+        self.roles = roles if reward is None else (*roles, "reward")
+        self.tokenizer, self.forest, self.origin = base.tokenizer, base.forest, base.origin
+        self.quantize, self._offload = base.quantize, offload_activations
+        self.shared_reward = reward
+        self._value_trunk, self._autocast, self._role, self._way = value_trunk, autocast, "", base.way
         wide = torch.promote_types(base.model.dtype, torch.float32)
-        self.heads = nn.ModuleDict(
-            {r: ScalarHead(_trunk_width(base.model, hidden), role=r, seed=seed, dtype=wide).to(device)
-             for r in self.roles if r in ("value", "reward")}
-        )  # fmt: skip
-        self.is_peft = adapter is not None
-        if adapter is not None:
-            self.network.requires_grad_(False)
-            names = sorted({name for name in self._adapter_of.values() if name is not None}, key=lambda n: n != main)
-            state = torch.random.get_rng_state()
-            torch.manual_seed(seed)
-            self.network = add_adapters(base.model, adapter, names)
-            torch.random.set_rng_state(state)
-            for name, parameter in self.network.named_parameters():
-                if ".lora_" in name:
-                    parameter.requires_grad_(True)
-                    parameter.data = parameter.data.to(wide)
-        if "policy" not in self.roles and main == "reward":
-            self.causal.get_output_embeddings().requires_grad_(
-                self.causal.config.tie_word_embeddings and not self.is_peft
-            )
+        self.heads = _heads(base.model, self.roles, form, wide, seed)
+        made = forms.build(base, roles, self.main, form, dtype=wide, seed=seed)
+        self.network, self.reference, self.value = made.main, made.reference, made.value
+        self.is_peft = bool(made.adapters)
+        self.notes = forms.describe(made, base, form, roles)
+        """What each role is, for the manifest."""
+        self._of = {role: self._place(role, made) for role in self.roles}
         if compared:
             _switch_dropout_off(self)
         if gradient_checkpointing:
-            _recompute_activations(self.causal)
+            for network in {id(network): network for network, _ in self._of.values()}.values():
+                _recompute_activations(network)
         self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if not self.trainable:
-            raise ModelError("no parameter is trainable", hint="check model.adapter")
+        if roles and not self.trainable:
+            raise ModelError("no parameter is trainable", hint="check model.adapter, and what the given model froze")
+        self._trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        self._start = self._writes() if "reference" in roles and not (self.is_peft or self.reference) else None
         self.train()
-        if self.reference is not None:
-            self.reference.eval()
+
+    def _place(self, role: str, made: forms.Networks) -> tuple[Any, str | None]:
+        """The causal language model of a role, and its adapter on it."""
+        own = {"reference": made.reference, "value": made.value}.get(role)
+        if own is not None:
+            return forms.causal(own), None
+        shared = None if role == "reference" else self.main if made.adapters else None
+        return forms.causal(made.main), role if role in made.adapters else shared
 
     # --- what there is ---
 
     @property
     def causal(self) -> Any:
         """The causal language model without peft's wrapper around it."""
-        return self.network.get_base_model() if self.is_peft else self.network
+        return forms.causal(self.network)
 
     @property
     def value_shares_trunk(self) -> bool:
         """The value head reads the policy's trunk: one forward serves both."""
-        return self._value_trunk != "adapter"
+        return self._value_trunk in ("shared", "detached")
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.trainable.values())).device
+        return next(self.network.parameters()).device
 
     def parameter_counts(self) -> dict[str, Any]:
         """Total and trainable parameters, heads counted in and named apart."""
+        networks = [self.heads, self.network, *([] if self.value is None else [self.value])]
         return {
-            "total": sum(p.numel() for p in self.network.parameters())
-            + sum(p.numel() for p in self.heads.parameters()),
+            "total": sum({id(p): n for network in networks for p, n in _counts(network)}.values()),
             "trainable": sum(p.numel() for p in self.trainable.values()),
             "heads": {role: sum(p.numel() for p in head.parameters()) for role, head in self.heads.items()},
         }
@@ -130,49 +138,54 @@ class Models(nn.Module):
         """Run forward *and* backward inside: the adapter of ``role`` is active, all trainable parameters stay so."""
         if role not in self.roles:
             raise ModelError(f"this run has no role {role!r}; it has {', '.join(self.roles)}")
+        if role == "reference" and self._start not in (None, self._writes()):
+            raise ModelError(
+                "the policy has been trained and is no longer its own reference: Algorithm.reference_first"
+            )
         before, self._role = self._role, role
-        if self.is_peft:
-            self._activate(self._adapter_of[role])
+        self._activate(role)
         try:
             yield
         finally:
             self._role = before
-            if self.is_peft and before:
-                self._activate(self._adapter_of[before])
+            if before:
+                self._activate(before)
 
-    def _activate(self, name: str | None) -> None:
-        activate(self.network, name)
-        for parameter in self.trainable.values():
-            parameter.requires_grad_(True)
+    def _writes(self) -> int:
+        """Grows whenever a trained weight is written to."""
+        return sum(parameter._version for parameter in self.trainable.values())
+
+    def _activate(self, role: str) -> None:
+        network, adapter = self._of[role]
+        if self.is_peft and network is self.causal:
+            activate(self.network, adapter)
+            for parameter, is_trained in self._trained:
+                parameter.requires_grad_(is_trained)
 
     def active_network(self) -> Any:
         """The causal language model of the role in use, adapter switched: what a sampler decodes with."""
-        return self.reference if self._role == "reference" and self.reference is not None else self.causal
+        return self._of[self._role][0] if self._role else self.causal
 
     # --- the one model call ---
 
     def forward(self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0) -> Outputs:
         """Compute the fields ``needs`` names (logprobs, entropy, values, scores) for the role in use."""
         network = self.active_network()
-        with torch.autocast(batch.input_ids.device.type, self._autocast or torch.bfloat16, self._autocast is not None):
+        kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
+        kind, dtype = batch.input_ids.device.type, self._autocast
+        with kept, torch.autocast(kind, dtype or torch.bfloat16, dtype is not None):
             hidden = self._trunk(network, batch)
         outputs: dict[str, Tensor] = {}
         if needs & {"logprobs", "entropy", "values"}:
             rows, columns = batch.loss_mask.nonzero(as_tuple=True)
             before = hidden[rows, batch.previous[rows, columns]]
             if needs & {"logprobs", "entropy"}:
-                head = network.get_output_embeddings()
-                bias = None if head.bias is None else head.bias.to(before.dtype)
-                logprobs, entropy = token_logprobs(
-                    before,
-                    head.weight.to(before.dtype),
-                    batch.input_ids[rows, columns],
-                    bias=bias,
-                    temperature=temperature,
-                    with_entropy="entropy" in needs,
+                targets, with_entropy = batch.input_ids[rows, columns], "entropy" in needs
+                logprobs, entropy = head_logprobs(
+                    network, before, targets, temperature=temperature, with_entropy=with_entropy
                 )
                 outputs["logprobs"] = _spread(logprobs, batch, rows, columns)
-                if "entropy" in needs:
+                if with_entropy:
                     outputs["entropy"] = _spread(entropy, batch, rows, columns)
             if "values" in needs:
                 inputs = before.detach() if self._value_trunk == "detached" else before
@@ -184,7 +197,7 @@ class Models(nn.Module):
     def _trunk(self, network: Any, batch: TokenBatch) -> Tensor:
         """Last hidden states [B, T, H]."""
         if self.forest:
-            given = {"attention_mask": _SEES_NOTHING.to(batch.input_ids.device), "forest": Forest.of(batch)}
+            given = {"attention_mask": _SEES_NOTHING.to(batch.input_ids.device), "forest": Forest.of(batch, self._way)}
         else:
             given = {"attention_mask": (batch.subtree_end > 0).long()}
         return network.get_decoder()(
@@ -201,10 +214,32 @@ def _spread(values: Tensor, batch: TokenBatch, rows: Tensor, columns: Tensor) ->
     return values.new_zeros(batch.input_ids.shape).index_put((rows, columns), values)
 
 
-def _trunk_width(model: Any, embedding: int) -> int:
-    """Width of the last hidden states (OPT-350m's differs from its layers')."""
-    head = model.get_output_embeddings()
-    return int(head.weight.shape[1]) if head is not None else embedding
+def _heads(model: Any, roles: Iterable[str], form: Forms, dtype: torch.dtype, seed: int) -> nn.ModuleDict:
+    """The scalar heads; that of a shared reward as it was saved, and frozen."""
+    width = trunk_width(model)
+    heads = {
+        role: ScalarHead(width, role=role, seed=seed, dtype=dtype).to(model.device)
+        for role in roles
+        if role in ("value", "reward")
+    }
+    if form.reward is not None:
+        score = saved_score(form.reward.path)
+        heads["reward"].start_as(score)
+        heads["reward"].requires_grad_(False)
+        if form.value_start == "reward":
+            heads["value"].start_as(score)
+    return nn.ModuleDict(heads)
+
+
+def _counts(network: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """Each parameter and how many numbers it stands for: of 4 bits two share a byte."""
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            packed = type(parameter).__name__ == "Params4bit"
+            yield (
+                parameter,
+                cast(Any, module).in_features * cast(Any, module).out_features if packed else parameter.numel(),
+            )
 
 
 def _recompute_activations(model: Any) -> None:

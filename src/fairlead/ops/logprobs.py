@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,22 +11,39 @@ CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in fp32."""
 
 
+class _Form(NamedTuple):
+    """How logits come from hidden @ weight.T + bias."""
+
+    scale: float
+    cap: float | None
+    temperature: float
+
+
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight.T / temperature + bias / temperature) at the targets, and the entropy.
+    """log softmax(logits / temperature) at the targets, and the entropy, with
 
-    ``hidden`` [N, H], ``weight`` [V, H], ``targets`` [N], ``bias`` [V] -> logprobs [N], entropy [N] in nats (an empty
-    tensor unless asked for). Computed in max(fp32, input dtype); differentiable in hidden, weight and bias; the
-    backward pass recomputes the logits, so memory is one chunk of at most CHUNK_ELEMENTS logits.
+        logits = cap * tanh(raw / cap)  or, without a cap, raw        (Gemma Team 2024, section 2)
+        raw    = scale * (hidden @ weight.T + reduced @ up.T + bias)
+
+    ``hidden`` [N, H], ``weight`` [V, H], ``targets`` [N], ``bias`` [V], ``low_rank`` = (reduced [N, r], up [V, r]) an
+    adapter on the head -> logprobs [N], entropy [N] in nats (an empty tensor unless asked for). Computed in max(fp32,
+    input dtype); differentiable in every float tensor; the backward pass recomputes the logits, so memory is one chunk
+    of at most CHUNK_ELEMENTS logits, two with a cap.
     """
-    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, targets, temperature, with_entropy)
+    reduced, up = low_rank or (None, None)
+    form = _Form(scale, cap, temperature)
+    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, reduced, up, targets, form, with_entropy)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -36,15 +53,17 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        reduced: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
-        temperature: float,
+        form: _Form,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, kind = hidden.shape[0], _wide(hidden.dtype)
         logprobs, log_total = hidden.new_empty(rows, dtype=kind), hidden.new_empty(rows, dtype=kind)
         entropy = hidden.new_empty(rows if with_entropy else 0, dtype=kind)
         for part in _chunks(rows, weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, temperature)
+            logits = _logits(part, hidden, weight, bias, reduced, up, form)
             chosen = logits.gather(1, targets[part, None])[:, 0]
             if with_entropy:
                 total = logits.logsumexp(1)
@@ -55,41 +74,54 @@ class _TokenLogprobs(torch.autograd.Function):
                 total = logits.sub_(peak).exp_().sum(1).log_().add_(peak[:, 0])
             log_total[part] = total
             logprobs[part] = chosen - total
-        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropy)
-        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, log_total, entropy)
+        ctx.form, ctx.with_entropy = form, with_entropy
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = gradients
-        hidden, weight, bias, targets, log_total, entropy = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias else None
+        hidden, weight, bias, reduced, up, targets, log_total, entropy = ctx.saved_tensors
+        scale, cap, temperature = ctx.form
+        inputs = (hidden, weight, bias, reduced, up)
+        wanted = [t if wants else None for t, wants in zip(inputs, ctx.needs_input_grad, strict=False)]
+        # Rows of hidden and reduced are written once; weight, bias and up are summed over chunks.
+        grad_hidden, grad_reduced = (None if t is None else torch.empty_like(t) for t in (wanted[0], wanted[3]))
+        grad_weight, grad_bias, grad_up = (
+            None if t is None else torch.zeros_like(t, dtype=_wide(t.dtype)) for t in (wanted[1], wanted[2], wanted[4])
+        )
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
-            logits = _logits(hidden[part], weight, bias, ctx.temperature).sub_(log_total[part, None])
-            scale = grad_logprobs[part, None]
+            logits = _logits(part, *inputs, ctx.form)
+            # d (cap tanh(raw / cap)) / d raw = 1 - tanh^2
+            bend = None if cap is None else logits.mul(temperature / cap).square_().neg_().add_(1)
+            logits.sub_(log_total[part, None])
+            pull = grad_logprobs[part, None]
             if ctx.with_entropy:
                 probs = logits.exp()
-                pull = logits.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(scale)
-                slope = pull.mul_(probs).nan_to_num_(0.0).neg_()
+                mixed = logits.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(pull)
+                slope = mixed.mul_(probs).nan_to_num_(0.0).neg_()
             else:
-                slope = logits.exp_().mul_(-scale)
-            slope.scatter_add_(1, targets[part, None], scale.to(slope.dtype))
-            slope.div_(ctx.temperature)
-            narrow = slope.to(hidden.dtype)
+                slope = logits.exp_().mul_(-pull)
+            slope.scatter_add_(1, targets[part, None], pull.to(slope.dtype))
+            slope.div_(temperature)
+            if bend is not None:
+                slope.mul_(bend)
+            if scale != 1.0:
+                slope.mul_(scale)
             if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[part])
+                torch.mm(slope.to(hidden.dtype), weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.addmm_(slope.t(), hidden[part].to(slope.dtype))
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
+            if grad_reduced is not None:
+                torch.mm(slope.to(up.dtype), up, out=grad_reduced[part])
+            if grad_up is not None:
+                grad_up.addmm_(slope.t(), reduced[part].to(slope.dtype))
+        found = (grad_hidden, grad_weight, grad_bias, grad_reduced, grad_up)
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)),
             None,
             None,
             None,
@@ -105,8 +137,23 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.mm(hidden, weight.t()).to(_wide(hidden.dtype))
+def _logits(
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reduced: Tensor | None,
+    up: Tensor | None,
+    form: _Form,
+) -> Tensor:
+    """Of some rows, divided by the temperature."""
+    logits = torch.mm(hidden[part], weight.t()).to(_wide(hidden.dtype))
+    if reduced is not None and up is not None:
+        logits.addmm_(reduced[part].to(logits.dtype), up.to(logits.dtype).t())
     if bias is not None:
         logits += bias
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    if form.scale != 1.0:
+        logits.mul_(form.scale)
+    if form.cap is not None:
+        logits.div_(form.cap).tanh_().mul_(form.cap)
+    return logits if form.temperature == 1.0 else logits.div_(form.temperature)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fairlead.data.render import Renderer
+from fairlead.models.lm_head import last_logits
 from fairlead.models.roles import Models
 from fairlead.ops.sampling import keep_top, sample_tokens, stream_key
 from fairlead.rollout.cache import decoding_cache
@@ -82,7 +83,7 @@ class NativeSampler:
         return list(zip(responses, logprobs, strict=True))
 
     def _last_logits(self, network: Any, input_ids: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits of the next token [R, V] in max(fp32, dtype)."""
+        """Logits of the next token [R, V] in max(fp32, dtype), scaled and capped as the family does."""
         hidden = network.get_decoder()(
             input_ids=input_ids,
             position_ids=positions,
@@ -90,8 +91,7 @@ class NativeSampler:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        logits = network.get_output_embeddings()(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return last_logits(network, hidden)
 
 
 def _mask(seen: Tensor, queries: int) -> Tensor:

@@ -17,6 +17,7 @@ from fairlead.errors import TrainingError
 from fairlead.models.roles import Models
 from fairlead.ops.sampling import stream_key
 from fairlead.training.optim import Optimizer
+from fairlead.training.precision import LossScale
 from fairlead.types import Mean, Metrics, Observer, Pass, Progress, Source, TokenBatch
 
 
@@ -45,10 +46,12 @@ def run(
     *,
     seed: int,
     measure: Callable[[int], dict[str, float]],
+    scale: LossScale | None = None,
 ) -> None:
     """Train from where ``source`` and ``clock`` stand to the source's end.
 
-    ``measure`` is asked at step 0 and after every step for held-out metrics; it returns none where none are due.
+    ``measure`` is asked at step 0 and after every step for held-out metrics; it returns none where none are due. With
+    ``scale`` a step whose gradients overflow is skipped; without, it is an error.
     """
     started = time.monotonic() - clock.seconds
 
@@ -63,23 +66,33 @@ def run(
     for micro_batches in source:
         clock.step += 1
         torch.manual_seed(stream_key(seed, "dropout", clock.step))
-        metrics = backward(models, passes, micro_batches, step=clock.step)
-        norm = optimizer.clip()
-        if not torch.isfinite(norm):
+        factor = 1.0 if scale is None else scale.value
+        metrics = backward(models, passes, micro_batches, step=clock.step, loss_scale=factor)
+        norm = optimizer.clip(factor)
+        finite = bool(torch.isfinite(norm))
+        if not finite and factor <= 1:
             raise TrainingError(
                 f"step {clock.step}: the gradient's norm is {float(norm)}; losses {metrics}",
                 hint="lower optim.learning_rate, or look at the rows of this step",
             )
-        rate = optimizer.step(clock.step)
+        if scale is not None:
+            scale.update(finite=finite)
+            metrics |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
+        metrics["learning_rate"] = optimizer.step(clock.step) if finite else optimizer.skip()
         clock.tokens += sum(batch.num_tokens for batch in micro_batches)
-        metrics |= {"grad_norm": float(norm), "learning_rate": rate, **source.take_metrics()}
+        metrics |= {**({"grad_norm": float(norm)} if finite else {}), **source.take_metrics()}
         tell(metrics | measure(clock.step))
 
 
 def backward(
-    models: Models, passes: Sequence[Pass], micro_batches: Sequence[TokenBatch], *, step: int = 0
+    models: Models,
+    passes: Sequence[Pass],
+    micro_batches: Sequence[TokenBatch],
+    *,
+    step: int = 0,
+    loss_scale: float = 1.0,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one optimizer step; returns the step's metrics."""
+    """Accumulate the gradient of one optimizer step, times ``loss_scale``; returns the step's metrics."""
     counts = total_counts(micro_batches)
     _refuse_nothing(passes, counts, step)
     metrics: Metrics = {}
@@ -94,7 +107,7 @@ def backward(
                         f"step {step}: micro-batch {number} has loss {float(loss)}: {values}",
                         hint="lower optim.learning_rate, or look at the rows of this step",
                     )
-                loss.backward()
+                (loss * loss_scale).backward()
             _add(metrics, measured)
     return {name: mean.value for name, mean in metrics.items()}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fairlead.config import OptimSection
+from fairlead.errors import ConfigError
+from fairlead.training.rules import AdamWBfloat16, Lion
 
 
 class Optimizer:
@@ -42,32 +44,57 @@ class Optimizer:
         self._torch.zero_grad(set_to_none=True)
         return rate
 
-    def clip(self) -> Tensor:
-        """Scale the gradients down to max_grad_norm; returns their norm before."""
+    def skip(self) -> float:
+        """Drop the gradients and change nothing; returns the learning rate of such a step, zero."""
+        self._torch.zero_grad(set_to_none=True)
+        return 0.0
+
+    def clip(self, loss_scale: float = 1.0) -> Tensor:
+        """Scale the gradients of a loss times ``loss_scale`` back, and down to max_grad_norm; returns their norm
+        before it."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if loss_scale != 1.0:
+            for gradient in gradients:
+                gradient.mul_(1 / loss_scale)
         norm = nn.utils.get_total_norm(gradients)
         if self._section.max_grad_norm is not None and torch.isfinite(norm):
             nn.utils.clip_grads_with_norm_(self._parameters, self._section.max_grad_norm, norm)
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, as ``name|field`` -> tensor."""
+        """The state, as ``name|field`` -> tensor; the code tables of 8-bit states are constants and left out."""
         return {
-            f"{name}|{field}": value.contiguous()
+            f"{name}|{field}": torch.tensor(value) if isinstance(value, int) else value.contiguous()
             for name, parameter in zip(self._names, self._parameters, strict=True)
             for field, value in self._torch.state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor | int) and not field.startswith("qmap")
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         by_name = dict(zip(self._names, self._parameters, strict=True))
+        places = {p: (g, i) for g, group in enumerate(self._torch.param_groups) for i, p in enumerate(group["params"])}
         for key, value in tensors.items():
             name, _, field = key.rpartition("|")
             parameter = by_name[name]
-            held = value.to(parameter.device)
-            if value.shape == parameter.shape:  # fused steps walk both side by side: the same strides
-                held = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            self._torch.state[parameter][field] = held
+            state = self._torch.state[parameter]
+            if not state and isinstance(self._torch, HasStateMaker):
+                group, index = places[parameter]
+                self._torch.init_state(self._torch.param_groups[group], parameter, group, index)
+            if value.ndim == 0 and value.dtype == torch.int64:
+                state[field] = int(value)
+            elif field in state:  # bitsandbytes chose where it lies
+                state[field].copy_(value)
+            elif value.shape == parameter.shape:  # fused steps walk both side by side: the same strides
+                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                state[field] = value.to(parameter.device)
+
+
+@runtime_checkable
+class HasStateMaker(Protocol):
+    """An optimizer of bitsandbytes."""
+
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None: ...
 
 
 def learning_rate_factor(step: int, num_steps: int, *, schedule: str, warmup_steps: int, floor: float) -> float:
@@ -86,7 +113,38 @@ def learning_rate_factor(step: int, num_steps: int, *, schedule: str, warmup_ste
 
 
 def _torch_optimizer(section: OptimSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    rate, betas = section.learning_rate, section.betas
     if section.name == "sgd":
-        return torch.optim.SGD(groups, lr=section.learning_rate)
+        return torch.optim.SGD(groups, lr=rate)
+    if section.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=rate)
+    if section.name == "lion":
+        return Lion(groups, lr=rate, betas=betas)
+    if section.name.endswith("8bit"):
+        return _eight_bit(section, groups)
+    if section.state_dtype == "bfloat16":
+        return AdamWBfloat16(groups, lr=rate, betas=betas, eps=section.eps)
     kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)
+    return kind(groups, lr=rate, betas=betas, eps=section.eps, fused=True)
+
+
+def _eight_bit(section: OptimSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+        from bitsandbytes.optim.lion import Lion8bit, PagedLion8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"optim.name={section.name} needs bitsandbytes, which is not installed: {error}",
+            hint="pip install 'fairlead[quant]', or optim.state_dtype=bfloat16 with adamw",
+        ) from error
+    paged = section.name.startswith("paged-")
+    if paged and (place := groups[0]["params"][0].device.type) != "cuda":
+        raise ConfigError(
+            f"optim.name={section.name}: a GPU pages its memory to the CPU, the {place} does not",
+            hint=f"optim.name={section.name.removeprefix('paged-')}",
+        )
+    if section.name.endswith("lion-8bit"):
+        kind = PagedLion8bit if paged else Lion8bit
+        return kind(groups, lr=section.learning_rate, betas=section.betas)
+    kind = PagedAdamW8bit if paged else AdamW8bit
+    return kind(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps)

@@ -7,7 +7,7 @@ here; it is never read as markup.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import groupby
@@ -144,14 +144,28 @@ def _interval(bar: Bar) -> str:
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
     """On stdout. Where it is no terminal, learned stretches of a partly learned run stand between « and »."""
+    from rich.text import Text
+
+    console = print_sections(inspection.target, sections(inspection), console)
+    for drawing in inspection.drawings:
+        console.print()
+        console.print(Text(f"Record {drawing.record:,} as the model sees it", "bold"))
+        if drawing is inspection.drawings[0]:
+            console.print(_legend(console, with_tokens=inspection.measures.tokenizer is not None))
+        for run in drawing.runs:
+            _print_run(console, run, is_last=run is drawing.runs[-1])
+
+
+def print_sections(title: str, sections: Iterable[Section], console: Console | None = None) -> Console:
+    """On stdout, in WIDTH columns where it is no terminal; returns the console."""
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH
-    console.print(Text(visible(inspection.target), "bold"))
-    for section in sections(inspection):
+    console.print(Text(visible(title), "bold"))
+    for section in sections:
         console.print()
         console.print(Text(section.title, "bold"))
         for line in section.lines:
@@ -162,13 +176,7 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
         for label, number in section.bars:
             bar = "█" * max(round(BAR * number / most), number > 0)
             console.print(Text(f"{label:>16}  {bar} {number:,}"))
-    for drawing in inspection.drawings:
-        console.print()
-        console.print(Text(f"Record {drawing.record:,} as the model sees it", "bold"))
-        if drawing is inspection.drawings[0]:
-            console.print(_legend(console, with_tokens=inspection.measures.tokenizer is not None))
-        for run in drawing.runs:
-            _print_run(console, run, is_last=run is drawing.runs[-1])
+    return console
 
 
 def _table(section: Section) -> Any:

@@ -1,0 +1,80 @@
+"""Weights as transformers reads them: safetensors or .bin, whole or in shards, of a folder or a hub id; in 8 or 4 bits
+where asked. What a checkpoint lacks is refused and never made up. Knows no roles and no tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fairlead.config import QuantizeSection
+from fairlead.errors import ModelError
+from fairlead.models import quantize
+
+Kind = Literal["causal language model", "sequence classifier"]
+
+
+def read_config(origin: str, kind: Kind = "causal language model") -> Any:
+    """The configuration alone. Raises ModelError where there is none, or of an architecture that is not known."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(origin)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(origin, kind, error) from error
+
+
+def read_model(
+    origin: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    section: QuantizeSection | None = None,
+    kind: Kind = "causal language model",
+) -> Any:
+    """The model on ``device``, each tensor moved there as it is read: no second copy of the weights is ever held.
+
+    Args:
+        dtype: of what is not quantised.
+        section: quantise to 8 or 4 bits while reading; a checkpoint stored quantised must be of this very form.
+
+    Raises:
+        ModelError: for what is no such model, lacks weights, or cannot be quantised as asked.
+        ConfigError: where bitsandbytes is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    made: Any = AutoModelForCausalLM if kind == "causal language model" else AutoModelForSequenceClassification
+    found = quantize.stored(read_config(origin, kind))
+    if found is not None:
+        quantize.refuse_stored(origin, found, section)
+    settings = None if section is None else quantize.bits_and_bytes(section, device)
+    options: dict[str, Any] = {} if settings is None or found is not None else {"quantization_config": settings}
+    try:
+        model, info = made.from_pretrained(
+            origin, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise no_model(origin, kind, error) from error
+    if missing := sorted(info["missing_keys"]):
+        head = "its head, " if any(name.startswith(("score", "classifier", "lm_head")) for name in missing) else ""
+        raise ModelError(
+            f"{origin} lacks {head}{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it is no {kind}",
+            hint="give the run of a reward stage, or a sequence classifier saved with its head"
+            if kind == "sequence classifier"
+            else "give a model saved whole",
+        )
+    if section is not None and found is not None:
+        quantize.compute_in(model, quantize.compute_dtype(section, device))
+    return model
+
+
+def no_model(origin: str, kind: Kind, error: Exception) -> ModelError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(
+        f"{origin} cannot be loaded as a {kind}: {said}",
+        hint="give a folder saved by transformers or peft, or a finished run"
+        if Path(origin).exists()
+        else f"there is no folder {origin} here, so it was taken for a hub id: check the path, and the network",
+    )
