@@ -46,15 +46,16 @@ def assemble(
 ) -> tuple[Stage, tuple[str, ...]]:
     """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait.
     ``say`` is told the memory plan before the weights are loaded."""
-    if recipe.data.packing == "wrapped" and algorithm.record is not Text:
+    record = algorithm.record(recipe.settings)
+    if recipe.data.packing == "wrapped" and record is not Text:
         raise ConfigError(
             f"data.packing=wrapped cuts rows anywhere, which {algorithm.name} cannot take: it is for plain text",
             hint="data.packing=best-fit",
         )
-    records, held_out, counts = load_data(recipe, algorithm.record, given)
+    records, held_out, counts = load_data(recipe, record, given)
     tokenizer, template = _tokenizer(recipe, given, texts_of(records))
     renderer = renderer_for(recipe, tokenizer, template)
-    if algorithm.record is not Prompt:
+    if record is not Prompt:
         refuse_unlearnable(renderer, records)
     device = pick_device(recipe.model.device)
     for line in announce(recipe, algorithm, build_models, given=given.model, tokenizer=tokenizer):
@@ -82,7 +83,7 @@ def assemble(
         )
     rows = {split: _rows(count) for split, count in counts.items()}
     stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, rows)
-    read = (statement(count, algorithm.record) for count in counts.values())
+    read = (statement(count, record) for count in counts.values())
     return stage, (*read, *base.notes, *training_notes(recipe.model, base.model.dtype), *models.notes)
 
 

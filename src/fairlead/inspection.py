@@ -141,7 +141,7 @@ def _of_recipe(target: str, settings: Sequence[str]) -> tuple[Recipe, type[Any]]
     if not Path(target).exists() and target in shipped("pipeline"):
         raise ConfigError(f"{target} is a pipeline", hint="inspect a recipe of one stage, or the data of a stage")
     recipe = resolve(target, settings).recipe
-    return recipe, find(recipe.algorithm).record
+    return recipe, find(recipe.algorithm).record(recipe.settings)
 
 
 def _richest(recipe: Recipe) -> str:

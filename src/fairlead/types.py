@@ -126,14 +126,17 @@ class TokenBatch:
     """[S] index of each sequence's last token in the flattened [B * T]."""
     counts: dict[str, float]
     """How much of each unit the batch holds: token, sequence, pair ..."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], kw_only=True)
+    """What `Pass.prepare` found over all micro-batches of the step, for losses that couple them."""
 
     def to(self, device: torch.device) -> Self:
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        statistics = {name: value.to(device, non_blocking=True) for name, value in self.statistics.items()}
+        return replace(self, **moved, statistics=statistics)
 
     @property
     def num_sequences(self) -> int:
@@ -147,7 +150,8 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreferenceBatch(TokenBatch):
-    """Pairs. ``counts`` also holds ``pair`` and ``chosen_token``."""
+    """Pairs of sequences of one prompt; of a ranking every pair that is no tie. ``counts`` also holds ``pair`` and
+    ``chosen_token``."""
 
     chosen: Tensor
     """[P] sequence index of the chosen response."""
@@ -156,7 +160,31 @@ class PreferenceBatch(TokenBatch):
     margin: Tensor | None = None
     """[P] or none."""
     reference_logprobs: Tensor | None = None
-    """[S] summed log-probability of each response under the reference; none where no reference is used."""
+    """[B, T] log-probabilities of the reference, zero off the mask; none where no reference is used."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankingBatch(PreferenceBatch):
+    """Rankings: the responses to one prompt stand side by side, the best first."""
+
+    group: Tensor = field(kw_only=True)
+    """[S] which ranking a sequence belongs to, 0..G-1; ``counts`` also holds ``ranking``."""
+    level: Tensor = field(kw_only=True)
+    """[S] place in the ranking, from 0 for the best; equal places are ties."""
+    rating: Tensor | None = None
+    """[S] the score the data set gives, or none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledBatch(TokenBatch):
+    """Single responses, each good or bad."""
+
+    label: Tensor
+    """[S] bool"""
+    reference_logprobs: Tensor | None = None
+    """[B, T] as of pairs."""
+    mismatched: LabelledBatch | None = None
+    """The same prompts, each with a response to another one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +213,9 @@ class Outputs:
     def __init__(self, **tensors: Tensor) -> None:
         self._tensors = tensors
 
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
     def _get(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise AttributeError(f"this pass did not compute {name!r}; its Pass.needs lists {sorted(self._tensors)}")
@@ -209,6 +240,16 @@ class Outputs:
     def scores(self) -> Tensor:
         """[S] the reward head at each sequence's last token."""
         return self._get("scores")
+
+    @property
+    def collision(self) -> Tensor:
+        """[B, T] log of the probability that two draws agree; zero off the mask; without gradient."""
+        return self._get("collision")
+
+    @property
+    def mean_logit(self) -> Tensor:
+        """[B, T] mean of the logits over the vocabulary; zero off the mask; without gradient."""
+        return self._get("mean_logit")
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
@@ -255,6 +296,12 @@ class Term:
     weight: float = 1.0
 
 
+Call = Callable[[TokenBatch, frozenset[str]], Outputs]
+"""A forward without gradients of the role of a pass."""
+Prepare = Callable[[Call, Sequence[Any]], Sequence[Any]]
+"""The micro-batches of a step, with ``statistics`` filled in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One forward and backward of one role; ``needs`` names the fields of ``Outputs`` to compute."""
@@ -263,6 +310,8 @@ class Pass:
     terms: tuple[Term, ...]
     needs: frozenset[str]
     temperature: float = 1.0
+    prepare: Prepare | None = None
+    """Asked before the first backward pass of a step, for what depends on all of its micro-batches."""
 
 
 class Source(Protocol):
@@ -368,7 +417,8 @@ class Algorithm(Generic[C]):
     name: str
     settings: type[C]
     """The pydantic model of the recipe's section that bears the algorithm's name."""
-    record: type[Text] | type[Demonstration] | type[Preference] | type[Prompt]
+    record: Callable[[C], type[Record]]
+    """The kind of record it learns from."""
     roles: Callable[[C], Iterable[str]]
     """The roles the run needs, of policy, reference, reward, value."""
     passes: Callable[[C], tuple[Pass, ...]]

@@ -11,11 +11,16 @@ from fairlead.errors import ConfigError
 from fairlead.types import Algorithm
 
 REGISTRY = {
+    "bco": "fairlead.algorithms.bco:ALGORITHM",
+    "cpo": "fairlead.algorithms.cpo:ALGORITHM",
     "dpo": "fairlead.algorithms.dpo:ALGORITHM",
+    "kto": "fairlead.algorithms.kto:ALGORITHM",
+    "orpo": "fairlead.algorithms.orpo:ALGORITHM",
     "ppo": "fairlead.algorithms.ppo:ALGORITHM",
     "pretrain": "fairlead.algorithms.pretrain:ALGORITHM",
     "reward": "fairlead.algorithms.reward:ALGORITHM",
     "sft": "fairlead.algorithms.sft:ALGORITHM",
+    "simpo": "fairlead.algorithms.simpo:ALGORITHM",
 }
 
 

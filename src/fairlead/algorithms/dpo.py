@@ -1,71 +1,180 @@
-"""Direct preference optimisation (Rafailov et al. 2023): the policy's log-ratio to the reference is the reward.
+"""Direct preference optimisation (Rafailov et al. 2023) and its family: the policy's log-ratio to the reference is the
+reward. Losses may be mixed, each with its weight, and with the likelihood of the chosen responses (RPO, MPO).
 
-The reference's log-probabilities are computed once, before the first step. A term of plain likelihood on the chosen
-responses may be mixed in (RPO, Pang et al. 2024).
+The reference's log-probabilities are computed once, before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from fairlead.algorithms.losses import LOSSES, MIXED, settings_of
+from fairlead.algorithms.reference import reference_logprobs
+from fairlead.algorithms.responses import (
+    LengthSettings,
+    chosen_nll,
+    log_ratios,
+    pair_metrics,
+    response_lengths,
+    response_sums,
+)
 from fairlead.algorithms.stage import Stage
-from fairlead.config import Section
+from fairlead.config_file import suggest
 from fairlead.data.loader import DatasetSource
 from fairlead.data.pack import preference_batch
-from fairlead.models.roles import Models
-from fairlead.ops.masked import sequence_sums
-from fairlead.ops.preference import dpo_sigmoid
-from fairlead.types import Algorithm, Mean, Metrics, Outputs, Pass, Preference, PreferenceBatch, Term, TokenBatch
+from fairlead.ops.preference import Divergence, divergence_score
+from fairlead.types import Algorithm, Call, Metrics, Outputs, Pass, Preference, PreferenceBatch, Term
 
 
-class Settings(Section):
+class Settings(LengthSettings):
+    loss: str | dict[str, float] = "sigmoid"
+    """A loss by name, or several with their weights, {sigmoid: 1, sft: 0.5} say; docs/reference/preference-losses.md
+    lists them. sft is the chosen responses' mean NLL a token."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the tie to the reference; smaller forgets it more."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels (conservative DPO)."""
-    sft_weight: float = Field(default=0.0, ge=0)
-    """Weight of the chosen responses' mean token NLL, added to the loss."""
+    """Assumed share of flipped labels: sigmoid becomes conservative DPO; robust, exo and aot take it too."""
+    divergence: Divergence = "reverse_kl"
+    """The divergence from the reference that the loss stands for (f-DPO); alpha: with `divergence_alpha`."""
+    divergence_alpha: float = Field(default=0.5, gt=0)
+    margin_coef: float = Field(default=0.0, ge=0)
+    """The rewards of a pair are pushed apart by this times its margin (ODPO, Amini et al. 2024), in units of beta times
+    a log-ratio."""
+    length_penalty: float = Field(default=0.0, ge=0)
+    """The reward of a token less in the chosen response (R-DPO, Park et al. 2024, equation 9)."""
+    weighting: Literal["none", "wpo"] = "none"
+    """wpo: a pair counts by how likely the policy is to have written it (WPO, Zhou et al. 2024)."""
+    discopop_tau: float = Field(default=0.05, gt=0)
+    measure: tuple[Literal["entropy", "logits"], ...] = ()
+    """More that is logged: entropy and mean logits a token; each costs time."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Settings:
+        if not self.weights:
+            raise ValueError("loss names none")
+        for name in self.weights:
+            if name not in LOSSES and name not in MIXED:
+                raise ValueError(f"there is no loss {name!r}; {suggest(name, [*LOSSES, *MIXED])}")
+        known = {name: LOSSES[name] for name in self.weights if name in LOSSES}
+        if self.label_smoothing and not any("label_smoothing" in settings_of(loss) for loss in known.values()):
+            raise ValueError(f"label_smoothing has no effect on {', '.join(self.weights)}")
+        if "exo" in known and not self.label_smoothing:
+            raise ValueError("exo needs label_smoothing > 0, 0.001 say")
+        apart = [name for name, loss in known.items() if not loss.takes_difference]
+        given = {
+            "divergence": self.divergence != "reverse_kl",
+            "margin_coef": self.margin_coef > 0,
+            "length_penalty": self.length_penalty > 0,
+        }
+        if apart and any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise ValueError(f"{names}: for losses of the difference of two rewards, which {', '.join(apart)} is not")
+        return self
 
 
-def sigmoid(outputs: Outputs, batch: PreferenceBatch, *, settings: Settings) -> tuple[Tensor, Metrics]:
-    """The sigmoid loss summed over pairs; unit ``pair``."""
-    assert batch.reference_logprobs is not None
-    logps = sequence_logprobs(outputs, batch)
-    ratios = logps - batch.reference_logprobs
+def rewards(outputs: Outputs, batch: PreferenceBatch, settings: Settings) -> Tensor:
+    """What the losses take in the place of log-ratios [S]."""
+    ratios = log_ratios(outputs, batch, settings)
+    return divergence_score(ratios, settings.divergence, alpha=settings.divergence_alpha)
+
+
+def pair_loss(
+    outputs: Outputs, batch: PreferenceBatch, *, name: str, settings: Settings, measures: bool
+) -> tuple[Tensor, Metrics]:
+    """One loss of the family summed over pairs; unit ``pair``."""
+    loss, ratios = LOSSES[name], rewards(outputs, batch, settings)
     chosen, rejected = ratios[batch.chosen], ratios[batch.rejected]
-    losses = dpo_sigmoid(chosen, rejected, beta=settings.beta, label_smoothing=settings.label_smoothing)
-    pairs, rewards = batch.counts["pair"], settings.beta * ratios.detach()
-    won, lost, logps = rewards[batch.chosen], rewards[batch.rejected], logps.detach()
-    return losses.sum(), {
-        "rewards/chosen": Mean(won.sum(), pairs),
-        "rewards/rejected": Mean(lost.sum(), pairs),
-        "rewards/margins": Mean((won - lost).sum(), pairs),
-        "rewards/accuracies": Mean((won > lost).sum() + 0.5 * (won == lost).sum(), pairs),
-        "logps/chosen": Mean(logps[batch.chosen].sum(), pairs),
-        "logps/rejected": Mean(logps[batch.rejected].sum(), pairs),
-    }
+    if (offset := _offset(batch, settings)) is not None:
+        chosen = chosen + offset / settings.beta
+    given = {key: getattr(settings, key) for key in settings_of(loss)}
+    given |= {key: batch.statistics[f"{name}/{key}"] for key in loss.statistics}
+    losses = loss.function(chosen, rejected, **given)
+    if settings.weighting == "wpo":
+        losses = losses * _likely(outputs, batch)
+    return losses.sum(), pair_metrics(outputs, batch, settings.beta * ratios.detach()) if measures else {}
 
 
-def chosen_nll(outputs: Outputs, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood of the chosen responses' tokens, summed; unit ``chosen_token``."""
-    return -sequence_logprobs(outputs, batch)[batch.chosen].sum(), {}
+def _offset(batch: PreferenceBatch, settings: Settings) -> Tensor | None:
+    """Added to beta times the difference of a pair [P]."""
+    offset = None
+    if settings.margin_coef and batch.margin is not None:
+        offset = -settings.margin_coef * batch.margin
+    if settings.length_penalty:
+        lengths = response_lengths(batch)
+        longer = settings.length_penalty * (lengths[batch.chosen] - lengths[batch.rejected])
+        offset = longer if offset is None else offset + longer
+    return offset
 
 
-def sequence_logprobs(outputs: Outputs, batch: TokenBatch) -> Tensor:
-    """[S] log-probability of each whole response."""
-    return sequence_sums(outputs.logprobs, batch.loss_mask, batch.sequence_ids, batch.num_sequences)
+def _likely(outputs: Outputs, batch: PreferenceBatch) -> Tensor:
+    """Weight of each pair, without gradient [P]: exp of both responses' mean of log p - log sum p^2 (WPO,
+    section 3.2)."""
+    excess = (outputs.logprobs - outputs.collision).detach()
+    means = response_sums(excess, batch, LengthSettings(length="mean"))
+    return (means[batch.chosen] + means[batch.rejected]).exp()
+
+
+_NEEDS = frozenset({"logprobs"})
+
+
+def prepare(call: Call, batches: Sequence[PreferenceBatch], *, settings: Settings) -> list[PreferenceBatch]:
+    """Fills in the statistics of the losses that couple the pairs of a step."""
+    ratios = [rewards(Outputs(logprobs=call(batch, _NEEDS).logprobs.cpu()), batch, settings) for batch in batches]
+    fixed = [response_sums(_reference(batch), batch, settings) for batch in batches]
+    pairs = [int(batch.counts["pair"]) for batch in batches]
+
+    def both(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        sides = [(each[batch.chosen], each[batch.rejected]) for each, batch in zip(values, batches, strict=True)]
+        chosen, rejected = zip(*sides, strict=True)
+        return torch.cat(chosen), torch.cat(rejected)
+
+    found: list[dict[str, Tensor]] = [dict(batch.statistics) for batch in batches]
+    for name in settings.weights:
+        loss = LOSSES.get(name)
+        if loss is None or loss.prepare is None:
+            continue
+        for key, values in loss.prepare(*both(ratios), *both(fixed)).items():
+            for statistics, part in zip(found, torch.split(values, pairs), strict=True):
+                statistics[f"{name}/{key}"] = part
+    return [replace(batch, statistics=each) for batch, each in zip(batches, found, strict=True)]
+
+
+def _reference(batch: PreferenceBatch) -> Tensor:
+    assert batch.reference_logprobs is not None
+    return batch.reference_logprobs
 
 
 def passes(settings: Settings) -> tuple[Pass, ...]:
-    terms = [Term("dpo", "pair", partial(sigmoid, settings=settings))]
-    if settings.sft_weight:
-        terms.append(Term("sft", "chosen_token", chosen_nll, settings.sft_weight))
-    return (Pass("policy", tuple(terms), frozenset({"logprobs"})),)
+    terms: list[Term] = []
+    for name, weight in settings.weights.items():
+        if name == "sft":
+            terms.append(Term("sft", "chosen_token", chosen_nll, weight))
+        else:
+            measures = not any(term.unit == "pair" for term in terms)
+            fn = partial(pair_loss, name=name, settings=settings, measures=measures)
+            terms.append(Term(name, "pair", fn, weight))
+    needs = {"logprobs", *({"collision"} if settings.weighting == "wpo" else ())}
+    needs |= {{"entropy": "entropy", "logits": "mean_logit"}[name] for name in settings.measure}
+    couples = any(name in LOSSES and LOSSES[name].prepare is not None for name in settings.weights)
+    return (
+        Pass(
+            "policy",
+            tuple(terms),
+            frozenset(needs),
+            prepare=partial(prepare, settings=settings) if couples else None,
+        ),
+    )
 
 
 def source(stage: Stage) -> DatasetSource:
@@ -76,40 +185,26 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     return stage.loss_evaluation(passes(stage.settings), _source(stage, stage.eval_records, "eval").in_order)
 
 
-@torch.no_grad()
-def reference_logprobs(models: Models, source: DatasetSource) -> Tensor:
-    """[P, 2] summed log-probabilities of chosen and rejected under the reference, in the source's order."""
-    models.eval()
-    with models.use("reference"):
-        sums = [
-            sequence_logprobs(models(batch, frozenset({"logprobs"})), batch)
-            for batch in (batch.to(models.device) for batch in source.in_order())
-        ]
-    models.train()
-    return torch.cat(sums).view(-1, 2).cpu()
-
-
 def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetSource:
-    trees, _ = stage.trees(records, split)
-    reference: list[Tensor] = []
-
-    def collate(chosen: Sequence[int]) -> PreferenceBatch:
-        return preference_batch(
+    trees, kept = stage.trees(records, split)
+    margins = [records[i].margin if stage.settings.margin_coef else None for i in kept]
+    reference = reference_logprobs(stage, trees)
+    return stage.dataset_source(
+        [tree.num_tokens for tree in trees],
+        lambda chosen: preference_batch(
             [trees[i] for i in chosen],
             packed=stage.packed,
             pad_id=stage.pad_id,
-            reference_logprobs=reference[0][list(chosen)] if reference else None,
-        )
-
-    made = stage.dataset_source([tree.num_tokens for tree in trees], collate)
-    reference.append(reference_logprobs(stage.models, made))
-    return made
+            margins=[margins[i] for i in chosen],
+            reference_logprobs=[values for i in chosen for values in reference[i]],
+        ),
+    )
 
 
 ALGORITHM = Algorithm(
     name="dpo",
     settings=Settings,
-    record=Preference,
+    record=lambda _: Preference,
     roles=lambda _: ("policy", "reference"),
     passes=passes,
     source=source,

@@ -316,7 +316,7 @@ def _reward(stage: Stage) -> Reward:
 ALGORITHM = Algorithm(
     name="ppo",
     settings=Settings,
-    record=Prompt,
+    record=lambda _: Prompt,
     roles=lambda _: ("policy", "reference", "value"),
     passes=passes,
     source=source,

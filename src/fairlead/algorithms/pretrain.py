@@ -58,7 +58,7 @@ def _source(stage: Stage, records: Sequence[Text], split: str) -> DatasetSource:
 ALGORITHM = Algorithm(
     name="pretrain",
     settings=Settings,
-    record=Text,
+    record=lambda _: Text,
     roles=lambda _: ("policy",),
     passes=passes,
     source=source,

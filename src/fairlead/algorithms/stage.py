@@ -56,6 +56,12 @@ class Stage:
         before["cut"] = lengths.cut
         before["dropped"] = {**before["dropped"], **lengths.dropped}
 
+    def drop(self, split: str, reason: str, number: int) -> None:
+        """Count records that an algorithm itself leaves out."""
+        if number:
+            dropped = self.counts[split]["dropped"]
+            dropped[reason] = dropped.get(reason, 0) + number
+
     def dataset_source(self, sizes: Sequence[int], collate: Collate) -> DatasetSource:
         train = self.recipe.train
         return DatasetSource(

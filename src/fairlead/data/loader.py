@@ -54,10 +54,10 @@ class DatasetSource:
         groups = best_fit(sizes, self._budget) if self._packed else micro_batches(sizes, self._budget, packed=False)
         return [self._collate([indices[i] for i in group]) for group in groups]
 
-    def in_order(self) -> Iterator[TokenBatch]:
-        """Every example once, in the order given: for evaluation."""
-        for group in micro_batches(self._sizes, self._budget, packed=self._packed):
-            yield self._collate(group)
+    def in_order(self, first: int = 0, last: int | None = None) -> Iterator[TokenBatch]:
+        """Every example from ``first`` to before ``last`` once, in the order given: for evaluation."""
+        for group in micro_batches(self._sizes[first:last], self._budget, packed=self._packed):
+            yield self._collate([first + i for i in group])
 
     def take_metrics(self) -> dict[str, float]:
         return {}

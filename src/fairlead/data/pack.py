@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fairlead.data.render import Tree
-from fairlead.types import PreferenceBatch, RolloutBatch, TokenBatch
+from fairlead.types import LabelledBatch, PreferenceBatch, RankingBatch, RolloutBatch, TokenBatch
 
 PADDED_TOGETHER = 32
 """Records padded to the longest of them, in the report: `train.batch_size` where it is not given."""
@@ -175,9 +175,9 @@ def preference_batch(
     packed: bool,
     pad_id: int,
     margins: Sequence[float | None] | None = None,
-    reference_logprobs: Tensor | None = None,
+    reference_logprobs: Sequence[Tensor] | None = None,
 ) -> PreferenceBatch:
-    """Pairs: each tree's first response is the chosen one. ``reference_logprobs`` [P, 2]."""
+    """Pairs: each tree's first response is the chosen one. ``reference_logprobs``: [counted tokens] a response."""
     fields = token_fields(trees, packed=packed, pad_id=pad_id)
     chosen = torch.arange(0, 2 * len(trees), 2)
     fields["counts"] |= {
@@ -192,8 +192,72 @@ def preference_batch(
         chosen=chosen,
         rejected=chosen + 1,
         margin=margin,
-        reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
+        reference_logprobs=None if reference_logprobs is None else spread(reference_logprobs, fields["loss_mask"]),
     )
+
+
+def labelled_batch(
+    trees: Sequence[Tree],
+    labels: Sequence[bool],
+    *,
+    packed: bool,
+    pad_id: int,
+    reference_logprobs: Sequence[Tensor] | None = None,
+    mismatched: LabelledBatch | None = None,
+) -> LabelledBatch:
+    """Responses with their labels, one a tree."""
+    fields = token_fields(trees, packed=packed, pad_id=pad_id)
+    return LabelledBatch(
+        **fields,
+        label=torch.tensor(labels),
+        reference_logprobs=None if reference_logprobs is None else spread(reference_logprobs, fields["loss_mask"]),
+        mismatched=mismatched,
+    )
+
+
+def ranking_batch(
+    trees: Sequence[Tree],
+    levels: Sequence[Sequence[int]],
+    *,
+    packed: bool,
+    pad_id: int,
+    ratings: Sequence[Sequence[float]] | None = None,
+) -> RankingBatch:
+    """Rankings: the responses of each tree stand best first; those of one level are tied. Every pair that is no tie is
+    a pair of the batch; its margin is the difference of the ratings."""
+    fields = token_fields(trees, packed=packed, pad_id=pad_id)
+    level = [each for ranking in levels for each in ranking]
+    group = [g for g, ranking in enumerate(levels) for _ in ranking]
+    pairs = [
+        (i, j)
+        for i in range(len(level))
+        for j in range(i + 1, len(level))
+        if group[i] == group[j] and level[i] < level[j]
+    ]
+    chosen, rejected = torch.tensor(pairs).reshape(-1, 2).T
+    rating = None if ratings is None else torch.tensor([float(each) for ranking in ratings for each in ranking])
+    fields["counts"] |= {
+        "pair": float(len(pairs)),
+        "ranking": float(len(trees)),
+        "chosen_token": float(sum(len(tree.responses[0]) for tree in trees)),
+    }
+    return RankingBatch(
+        **fields,
+        chosen=chosen,
+        rejected=rejected,
+        margin=None if rating is None else rating[chosen] - rating[rejected],
+        group=torch.tensor(group),
+        level=torch.tensor(level),
+        rating=rating,
+    )
+
+
+def spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """One tensor [counted tokens] a response, in order, at their places in a [B, T] of zeros."""
+    flat = torch.cat(list(values))
+    whole = flat.new_zeros(mask.shape)
+    whole[mask] = flat
+    return whole
 
 
 def rollout_batch(
@@ -207,12 +271,8 @@ def rollout_batch(
     """Responses with their per-token tensors (one [length] tensor a response) and per-sequence tensors [S]."""
     fields = token_fields(trees, packed=packed, pad_id=pad_id)
     mask = fields["loss_mask"]
-    spread: dict[str, Any] = {**sequences}
-    for name, values in tokens.items():
-        flat = torch.cat(list(values))
-        spread[name] = flat.new_zeros(mask.shape)
-        spread[name][mask] = flat
-    return RolloutBatch(**fields, **spread)
+    placed: dict[str, Any] = {name: spread(values, mask) for name, values in tokens.items()} | sequences
+    return RolloutBatch(**fields, **placed)
 
 
 def by_response(values: Tensor, batch: TokenBatch) -> list[Tensor]:

@@ -47,7 +47,7 @@ def cross_validate(
     *,
     folds: int = 5,
     out: Path | str,
-    learning_curve: Sequence[float] = (),
+    learning_curve: Sequence[float] | None = (),
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """k-fold accuracy of a reward stage on the pairs of ``data.path`` (or of ``data``, rows in memory).
@@ -66,7 +66,7 @@ def cross_validate(
         resolved = resolve(recipe, overrides)
     else:
         resolved = resolve(recipe.as_dict(), overrides) if overrides else recipe
-    settings = resolved.recipe
+    settings, learning_curve = resolved.recipe, learning_curve or ()
     _refuse(settings, folds, learning_curve)
     source = settings.data.path if data is None else list(data)
     if source is None:
@@ -211,7 +211,7 @@ def _sides(placed: Sequence[int], fold: int) -> tuple[list[int], list[int]]:
 
 def _refuse(recipe: Recipe, folds: int, learning_curve: Sequence[float]) -> None:
     algorithm = find(recipe.algorithm)
-    if algorithm.record is not Preference or "reward" not in algorithm.roles(recipe.settings):
+    if algorithm.record(recipe.settings) is not Preference or "reward" not in algorithm.roles(recipe.settings):
         raise ConfigError(
             f"algorithm={recipe.algorithm} trains no reward model on pairs", hint="cross-validate a reward recipe"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairlead.errors import ModelError
-from fairlead.ops.logprobs import token_logprobs
+from fairlead.ops.logprobs import logit_statistics, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,18 @@ def head_logprobs(
     """`token_logprobs` of the model's head as it stands: hidden [N, H], targets [N] -> log-probabilities [N] and
     entropies [N] (or an empty tensor). An adapter on the head is taken by its factors: no second [V, H] is made. Raises
     ModelError for an adapter that is not low-rank."""
+    weight, form = _head(network, hidden)
+    return token_logprobs(hidden, weight, targets, **form, temperature=temperature, with_entropy=with_entropy)
+
+
+def head_statistics(network: Any, hidden: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`logit_statistics` of the model's head as it stands: hidden [N, H] -> [N], [N]."""
+    weight, form = _head(network, hidden)
+    return logit_statistics(hidden, weight, **form, temperature=temperature)
+
+
+def _head(network: Any, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The head's weight, and how logits come from it."""
     head, low_rank = network.get_output_embeddings(), None
     if hasattr(head, "modules_to_save"):  # peft's module trained in full
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
@@ -52,17 +64,12 @@ def head_logprobs(
         low_rank = _factors(head, hidden)
         head = head.base_layer
     form = LogitForm.of(network.config)
-    return token_logprobs(
-        hidden,
-        head.weight.to(hidden.dtype),
-        targets,
-        bias=None if head.bias is None else head.bias.to(hidden.dtype),
-        low_rank=low_rank,
-        scale=form.scale,
-        cap=form.cap,
-        temperature=temperature,
-        with_entropy=with_entropy,
-    )
+    return head.weight.to(hidden.dtype), {
+        "bias": None if head.bias is None else head.bias.to(hidden.dtype),
+        "low_rank": low_rank,
+        "scale": form.scale,
+        "cap": form.cap,
+    }
 
 
 def _factors(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:

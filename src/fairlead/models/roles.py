@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fairlead.config import AdapterSection
 from fairlead.errors import ModelError
 from fairlead.models import forms
-from fairlead.models.adapters import StartAdapter, activate, saved_score
+from fairlead.models.adapters import StartAdapter, activate, adapter_parameters, saved_score
 from fairlead.models.attention import Forest
 from fairlead.models.forms import Forms, ValueTrunk
 from fairlead.models.heads import ScalarHead, trunk_width
-from fairlead.models.lm_head import head_logprobs
+from fairlead.models.lm_head import head_logprobs, head_statistics
 from fairlead.models.load import Base
 from fairlead.models.offload import offloaded
 from fairlead.types import Outputs, TokenBatch
@@ -76,6 +76,8 @@ class Models(nn.Module):
         self.roles = roles if reward is None else (*roles, "reward")
         self.tokenizer, self.forest, self.origin = base.tokenizer, base.forest, base.origin
         self.quantize, self._offload = base.quantize, offload_activations
+        self.embedding_noise = 0.0
+        """NEFTune's alpha: noise on the embeddings while training."""
         self.shared_reward = reward
         self._value_trunk, self._autocast, self._role, self._way = value_trunk, autocast, "", base.way
         wide = torch.promote_types(base.model.dtype, torch.float32)
@@ -131,6 +133,15 @@ class Models(nn.Module):
             "heads": {role: sum(p.numel() for p in head.parameters()) for role, head in self.heads.items()},
         }
 
+    def reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the reference computes with, by name: the base's weights, and those of its adapter where it has one."""
+        network, adapter = self._of["reference"]
+        names = adapter_parameters(self.network, adapter) if adapter is not None else {}
+        for name, tensor in network.state_dict().items():
+            if not (".lora_" in name or ".modules_to_save." in name):
+                yield name, tensor
+        yield from names.items()
+
     # --- switching ---
 
     @contextlib.contextmanager
@@ -169,14 +180,14 @@ class Models(nn.Module):
     # --- the one model call ---
 
     def forward(self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0) -> Outputs:
-        """Compute the fields ``needs`` names (logprobs, entropy, values, scores) for the role in use."""
+        """Compute the fields ``needs`` names, of those of `Outputs`, for the role in use."""
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
         kind, dtype = batch.input_ids.device.type, self._autocast
         with kept, torch.autocast(kind, dtype or torch.bfloat16, dtype is not None):
             hidden = self._trunk(network, batch)
         outputs: dict[str, Tensor] = {}
-        if needs & {"logprobs", "entropy", "values"}:
+        if needs - {"scores"}:
             rows, columns = batch.loss_mask.nonzero(as_tuple=True)
             before = hidden[rows, batch.previous[rows, columns]]
             if needs & {"logprobs", "entropy"}:
@@ -187,6 +198,10 @@ class Models(nn.Module):
                 outputs["logprobs"] = _spread(logprobs, batch, rows, columns)
                 if with_entropy:
                     outputs["entropy"] = _spread(entropy, batch, rows, columns)
+            if needs & {"collision", "mean_logit"}:
+                found = head_statistics(network, before.detach(), temperature=temperature)
+                for name, values in zip(("collision", "mean_logit"), found, strict=True):
+                    outputs[name] = _spread(values, batch, rows, columns)
             if "values" in needs:
                 inputs = before.detach() if self._value_trunk == "detached" else before
                 outputs["values"] = _spread(self.heads["value"](inputs), batch, rows, columns)
@@ -200,9 +215,18 @@ class Models(nn.Module):
             given = {"attention_mask": _SEES_NOTHING.to(batch.input_ids.device), "forest": Forest.of(batch, self._way)}
         else:
             given = {"attention_mask": (batch.subtree_end > 0).long()}
-        return network.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **given
-        ).last_hidden_state
+        if self.training and self.embedding_noise:
+            given["inputs_embeds"] = self._noisy(network.get_input_embeddings()(batch.input_ids), batch)
+        else:
+            given["input_ids"] = batch.input_ids
+        return network.get_decoder()(position_ids=batch.position_ids, use_cache=False, **given).last_hidden_state
+
+    def _noisy(self, embedded: Tensor, batch: TokenBatch) -> Tensor:
+        """Uniform noise within alpha / sqrt(tokens of the sequence x width) on the embeddings [B, T, H]."""
+        owner = batch.sequence_ids.clamp(min=0)
+        lengths = torch.bincount(batch.sequence_ids[batch.sequence_ids >= 0], minlength=batch.num_sequences)
+        size = self.embedding_noise / (lengths[owner] * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * size[..., None].to(embedded.dtype)
 
 
 _SEES_NOTHING = torch.zeros(1, 1, 1, 1, dtype=torch.bool)

@@ -46,6 +46,30 @@ def token_logprobs(
     return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, reduced, up, targets, form, with_entropy)
 
 
+@torch.no_grad()
+def logit_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """log sum_v p_v^2 and the mean logit over the vocabulary, [N] each, of the logits of `token_logprobs`, chunk by
+    chunk and without gradient."""
+    reduced, up = low_rank or (None, None)
+    form, kind = _Form(scale, cap, temperature), _wide(hidden.dtype)
+    collision, mean = (hidden.new_empty(hidden.shape[0], dtype=kind) for _ in range(2))
+    for part in _chunks(hidden.shape[0], weight.shape[0]):
+        logits = _logits(part, hidden, weight, bias, reduced, up, form)
+        mean[part] = logits.mean(1)
+        total = logits.logsumexp(1)
+        collision[part] = logits.mul_(2).logsumexp(1) - 2 * total
+    return collision, mean
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -18,7 +18,7 @@ from fairlead.models.roles import Models
 from fairlead.ops.sampling import stream_key
 from fairlead.training.optim import Optimizer
 from fairlead.training.precision import LossScale
-from fairlead.types import Mean, Metrics, Observer, Pass, Progress, Source, TokenBatch
+from fairlead.types import Mean, Metrics, Observer, Outputs, Pass, Progress, Source, TokenBatch
 
 
 @dataclass(slots=True)
@@ -96,6 +96,7 @@ def backward(
     counts = total_counts(micro_batches)
     _refuse_nothing(passes, counts, step)
     metrics: Metrics = {}
+    micro_batches = _prepared(models, passes, micro_batches)
     for number, batch in enumerate(micro_batches):
         batch = batch.to(models.device)
         for each in passes:
@@ -120,7 +121,7 @@ def evaluate(models: Models, passes: Sequence[Pass], micro_batches: Iterable[Tok
     metrics: Metrics = {}
     models.eval()
     try:
-        for batch in batches:
+        for batch in _prepared(models, passes, batches):
             batch = batch.to(models.device)
             for each in passes:
                 with models.use(each.role):
@@ -128,6 +129,20 @@ def evaluate(models: Models, passes: Sequence[Pass], micro_batches: Iterable[Tok
     finally:
         models.train()
     return {name: mean.value for name, mean in metrics.items()}
+
+
+@torch.no_grad()
+def _prepared(models: Models, passes: Sequence[Pass], micro_batches: Sequence[TokenBatch]) -> Sequence[TokenBatch]:
+    """The micro-batches with what losses that couple them have to know of all of them."""
+    for each in passes:
+        if each.prepare is not None:
+
+            def call(batch: TokenBatch, needs: frozenset[str], temperature: float = each.temperature) -> Outputs:
+                return models(batch.to(models.device), needs, temperature)
+
+            with models.use(each.role):
+                micro_batches = each.prepare(call, micro_batches)
+    return micro_batches
 
 
 def total_counts(batches: Sequence[TokenBatch]) -> dict[str, float]:

@@ -1,0 +1,467 @@
+"""What the benchmarks beside TRL share: models and rows on disk, both sides in fresh processes by turns, ratios.
+
+Both sides read the same weights and the same rows in the same order; their losses at every step decide whether a
+comparison counts. Run as a script it is our side of one run: `side_by_side.py JOB RESULT`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PEER_PYTHON = HERE / "peers" / ".venv" / "bin" / "python"
+SIZES = {
+    "S": {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 688},
+    "M": {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376},
+}
+VOCABULARY = {"S": 8192, "M": 32000}
+LENGTH = 512
+"""Longest row in tokens."""
+TOLERANCE = 1e-3
+"""Both sides' losses may differ by this share of the peer's, at every step."""
+MEGABATCH = 50
+"""Batches that transformers' group_by_length sorts together."""
+
+
+# --- models and rows -----------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, size: str, texts: Sequence[str]) -> Any:
+    """A random Llama in `folder`, once more as a reward model in `folder`-reward; returns its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    from fairlead.models.heads import ScalarHead
+    from fairlead.models.load import train_tokenizer
+
+    tokenizer = train_tokenizer(texts, VOCABULARY[size], 2048)
+    config = LlamaConfig(
+        **SIZES[size],
+        num_key_value_heads=SIZES[size]["num_attention_heads"],
+        vocab_size=VOCABULARY[size],
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    config.num_labels = 1
+    judge = AutoModelForSequenceClassification.from_config(config)
+    judge.model.load_state_dict(model.model.state_dict())
+    head = ScalarHead(config.hidden_size, role="reward", seed=0)  # as our stage of seed 0 begins
+    with torch.no_grad():
+        judge.score.weight.copy_(head.linear.weight)
+    for each, place in ((model, folder), (judge, folder.with_name(f"{folder.name}-reward"))):
+        each.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    return tokenizer
+
+
+def transcripts(data: Path) -> list[dict[str, str]]:
+    """HH's pairs as text: the prompt ends in "Assistant:", the responses follow it."""
+    pairs: list[dict[str, str]] = []
+    for file in sorted((data / "hh-rlhf").rglob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                before, opening, chosen = row["chosen"].rpartition("\n\nAssistant:")
+                prompt = before + opening
+                rejected = row["rejected"].removeprefix(prompt)
+                same = rejected == row["rejected"] or chosen == rejected
+                if opening and not same and chosen.strip() and rejected.strip():
+                    pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def books(data: Path) -> list[str]:
+    """More text for a tokenizer of many tokens."""
+    return [file.read_text("utf-8", errors="replace") for file in sorted((data / "text" / "gutenberg").glob("*.txt"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair of transcripts with its ids, as both sides have to see them, and its longer side's tokens."""
+
+    row: dict[str, str]
+    ids: dict[str, list[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids["prompt_ids"]) + max(len(self.ids["chosen_ids"]), len(self.ids["rejected_ids"]))
+
+
+def whole_pairs(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[Pair]:
+    """The pairs that neither side cuts, whose ids are the same tokenised whole or piece by piece."""
+    end = tokenizer.eos_token_id
+    pairs: list[Pair] = []
+    for row in rows:
+        prompt, chosen, rejected = (tokenizer(row[name]).input_ids for name in ("prompt", "chosen", "rejected"))
+        ids = {"prompt_ids": prompt, "chosen_ids": [*chosen, end], "rejected_ids": [*rejected, end]}
+        whole = [[*tokenizer(row["prompt"] + row[name]).input_ids, end] for name in ("chosen", "rejected")]
+        pair = Pair(row, ids)
+        if pair.length <= LENGTH and whole == [prompt + ids["chosen_ids"], prompt + ids["rejected_ids"]]:
+            pairs.append(pair)
+    return pairs
+
+
+def orders(pairs: Sequence[Pair], batch_size: int, warmup: int, steps: int) -> dict[str, list[Pair]]:
+    """The same pairs in two orders, of `warmup` batches that are not timed and `steps` that are.
+
+    grouped: batches of like length, taken evenly from one sorted megabatch as transformers' group_by_length makes it;
+    random: their pairs in a random order, those of the warm-up apart.
+    """
+    from fairlead.ops.sampling import permutation, stream_key
+
+    pool = [pairs[i] for i in permutation(stream_key(0, "pool"), len(pairs))[: MEGABATCH * batch_size]]
+    pool.sort(key=lambda pair: -pair.length)
+    batches = [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    timed = [int((k + 0.5) * len(batches) / steps) for k in range(steps)]
+    others = [k for k in range(len(batches)) if k not in timed]
+    first = [others[int((k + 0.5) * len(others) / warmup)] for k in range(warmup)]
+    grouped = [[pair for k in picks for pair in batches[k]] for picks in (first, timed)]
+    mixed = [[part[i] for i in permutation(stream_key(0, "mixed"), len(part))] for part in grouped]
+    return {"random": [*mixed[0], *mixed[1]], "grouped": [*grouped[0], *grouped[1]]}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def as_read(rows: Sequence[Any]) -> list[Any]:
+    """The order in which our keyed shuffle of seed 0 takes the rows of a file."""
+    from fairlead.ops.sampling import permutation, stream_key
+
+    return [rows[i] for i in permutation(stream_key(0, "order", 0), len(rows))]
+
+
+def so_that_read(rows: Sequence[Any]) -> list[Any]:
+    """The file of which `as_read` makes the rows given."""
+    placed: list[Any] = [None] * len(rows)
+    for row, place in zip(rows, as_read(range(len(rows))), strict=True):
+        placed[place] = row
+    return placed
+
+
+def write_pairs(folder: Path, pairs: Sequence[Pair]) -> tuple[str, str]:
+    """A file of pairs for us and one for the peer, read in the same order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = write_rows(folder / "ours.jsonl", so_that_read([pair.row for pair in pairs]))
+    return mine, write_rows(folder / "peer.jsonl", [pair.row for pair in pairs])
+
+
+# --- one run of one side -------------------------------------------------------------------------------------------
+
+
+def recipe(algorithm: str, model: Path, path: str, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours, with the optimizer's settings of both sides."""
+    base: dict[str, Any] = {
+        "algorithm": algorithm,
+        "seed": 0,
+        "model": {"path": str(model)},
+        "data": {"path": path, "template": "plain", "max_length": LENGTH, "cache": "none"},
+        "optim": {"betas": [0.9, 0.999], "schedule": "constant"},
+        "train": {"num_samples": 0},
+        "tracking": {"console": False},
+    }
+    return {**base, **{name: {**base.get(name, {}), **values} for name, values in sections.items()}}
+
+
+def job(
+    trainer: str,
+    model: Path,
+    rows: str,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    arguments: Mapping[str, Any],
+    texts: Sequence[Any] = (),
+    ids: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """What peers/train.py reads, but for `rows_at_once`. It makes sure that `texts` (text, ids) and the columns `ids`
+    of the first rows are as here."""
+    return {
+        "trainer": trainer,
+        "model": str(model),
+        "rows": rows,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "arguments": dict(arguments),
+        "texts": list(texts),
+        "ids": list(ids),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One setting of the peer beside our run on the same rows."""
+
+    peer_name: str
+    ours: dict[str, Any]
+    """Our recipe."""
+    peer: dict[str, Any]
+    """The job that peers/train.py reads."""
+    units: list[int]
+    """Of each step: tokens or pairs."""
+    warmup: int
+    """Steps that are not timed."""
+
+
+@dataclass(slots=True)
+class Side:
+    """What one side measured, run for run."""
+
+    seconds: list[list[float]] = field(default_factory=list)
+    """At the end of each step."""
+    losses: list[list[float]] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    """MB, of the whole process."""
+    prepared: list[float] = field(default_factory=list)
+    """Seconds to tokenise and, for DPO on our side, for the reference."""
+    whole: list[float] = field(default_factory=list)
+    """Seconds from the call, imports done, to the end of the last step."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        for name in ("seconds", "losses", "peaks", "prepared", "whole"):
+            getattr(self, name).append(result[name.removesuffix("s") if name == "peaks" else name])
+        self.versions = result["versions"]
+
+
+def run(command: Sequence[str | Path], job: Mapping[str, Any]) -> dict[str, Any]:
+    """A side's result; its messages are shown only when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        order, found = Path(folder) / "job.json", Path(folder) / "result.json"
+        order.write_text(json.dumps(job))
+        environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+        process = subprocess.run(
+            [*map(str, command), str(order), str(found)],
+            env=os.environ | environment,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            raise SystemExit(f"{process.stdout[-4000:]}\n{' '.join(map(str, command))} failed")
+        return json.loads(found.read_text())
+
+
+def run_ours(recipe: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run([sys.executable, HERE / "side_by_side.py"], recipe | {"run": {"directory": folder, "name": "run"}})
+
+
+def run_peer(job: dict[str, Any]) -> dict[str, Any]:
+    if not PEER_PYTHON.exists():
+        raise SystemExit("the peers' environment is missing: make peers")
+    return run([PEER_PYTHON, HERE / "peers" / "train.py"], job)
+
+
+def ours(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Our side of one run: the real stage with all that it writes, its source timed."""
+    import fairlead
+    from fairlead.algorithms import find
+
+    algorithm, prepared = find(recipe["algorithm"]), list[float]()
+
+    def source(stage: Any) -> Any:
+        start = time.perf_counter()
+        made = algorithm.source(stage)
+        prepared.append(time.perf_counter() - start)
+        return made
+
+    globals()["TIMED"] = replace(algorithm, source=source)
+    began = time.time()
+    finished = fairlead.train(recipe | {"algorithm": "__main__:TIMED"})
+    log = finished.path / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        "seconds": [line["seconds"] for line in lines],
+        "losses": [line["loss"] for line in lines],
+        "peak": peak_memory(),
+        "prepared": prepared[0],
+        "whole": log.stat().st_mtime - began,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def peak_memory() -> float:
+    """VmHWM of this process in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+
+
+def interleave(case: str, ways: Sequence[Way], repeats: int) -> list[tuple[Side, Side]]:
+    """Runs of both sides by turns; ways that share our run share its readings."""
+    sides = [(Side(), Side()) for _ in ways]
+    for number in range(repeats):
+        known: dict[str, dict[str, Any]] = {}
+        for way, (mine, theirs) in zip(ways, sides, strict=True):
+            key = json.dumps(way.ours)
+            if key not in known:
+                known[key] = run_ours(way.ours)
+            mine.add(known[key])
+            theirs.add(run_peer(way.peer))
+            speeds = [rate(way, side, number) for side in (mine, theirs)]
+            say(
+                f"{case}, {way.peer_name}, {number + 1}/{repeats}: {speeds[0]:,.1f} and {speeds[1]:,.1f} /s, "
+                f"{mine.peaks[-1]:,.0f} and {theirs.peaks[-1]:,.0f} MB, losses differ by {difference(mine, theirs):.1e}"
+            )
+    return sides
+
+
+def rate(way: Way, side: Side, number: int) -> float:
+    """Units a second over the timed steps."""
+    seconds = side.seconds[number]
+    return sum(way.units[way.warmup :]) / (seconds[-1] - seconds[way.warmup - 1])
+
+
+def difference(mine: Side, theirs: Side) -> float:
+    """The largest of any step of any repeat, as a share of the peer's loss."""
+    return max(
+        abs(one - other) / abs(other)
+        for ours_, peers_ in zip(mine.losses, theirs.losses, strict=True)
+        for one, other in zip(ours_, peers_, strict=True)
+    )
+
+
+Measure = Callable[[Way, Side, int], float]
+
+
+def results(
+    case: str,
+    ways: Sequence[Way],
+    sides: Sequence[tuple[Side, Side]],
+    metrics: Mapping[tuple[str, str], tuple[Measure, Measure]],
+) -> list[dict[str, Any]]:
+    """A line for each metric (name, unit) and setting of the peer; the first metric says which setting is its best."""
+    lines: list[dict[str, Any]] = []
+    speed_of_peer = next(iter(metrics.values()))[1]
+    speeds = [
+        statistics.median(speed_of_peer(way, theirs, number) for number in range(len(theirs.peaks)))
+        for way, (_, theirs) in zip(ways, sides, strict=True)
+    ]
+    for way, (mine, theirs), speed in zip(ways, sides, speeds, strict=True):
+        repeats, gap = len(mine.peaks), difference(mine, theirs)
+        for (metric, unit), (our_measure, peer_measure) in metrics.items():
+            one = [our_measure(way, mine, n) for n in range(repeats)]
+            other = [peer_measure(way, theirs, n) for n in range(repeats)]
+            lines.append(
+                {
+                    "case": case,
+                    "metric": metric,
+                    "unit": unit,
+                    **compared(one, other),
+                    "peer_name": way.peer_name,
+                    "best_of_peer": speed == max(speeds),
+                    "repeats": repeats,
+                    "agree": gap <= TOLERANCE,
+                    "losses_differ_by": float(f"{gap:.1e}"),
+                }
+            )
+    return lines
+
+
+def compared(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    ratios = [one / other for one, other in zip(mine, others, strict=True)]
+    return {
+        "ours": round(statistics.median(mine), 2),
+        "peer": round(statistics.median(others), 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_low": round(min(ratios), 3),
+        "ratio_high": round(max(ratios), 3),
+    }
+
+
+def versions(sides: Sequence[tuple[Side, Side]]) -> dict[str, str]:
+    return sides[0][0].versions | sides[0][1].versions
+
+
+def peak(_: Way, side: Side, number: int) -> float:
+    return side.peaks[number]
+
+
+PEAK = {("peak memory of the process", "MB"): (peak, peak)}
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def options(about: str | None, name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", default=os.environ.get("FAIRLEAD_DATA"), help="folder with hh-rlhf/ and text/")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
+    return parser
+
+
+def data_folder(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> Path:
+    if not settings.data:
+        parser.error("name the folder that holds hh-rlhf/ and text/ by --data or FAIRLEAD_DATA")
+    return Path(settings.data)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for models and rows, gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="fairlead-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_results(
+    out: Path, name: str, cases: Sequence[Mapping[str, Any]], versions: Mapping[str, str], remark: str
+) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    result = {
+        "command": f"make bench-{name} ARGS={' '.join(sys.argv[1:])!r}",
+        "commit": commit.strip(),
+        "date": date.today().isoformat(),
+        "hardware": f"{len(os.sched_getaffinity(0))} cores, {platform.processor() or platform.machine()}",
+        "versions": dict(versions),
+        "remark": remark,
+        "cases": list(cases),
+    }
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    for each in cases:
+        say(
+            f"{each['case']:22} {each['metric']:34} {each['ours']:10.2f} {each['peer']:10.2f} "
+            f"{each['ratio']:7.3f} [{each['ratio_low']:.3f} {each['ratio_high']:.3f}] "
+            f"{'agree' if each['agree'] else 'DIFFER'}  {each['peer_name']}"
+        )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(ours(json.loads(Path(sys.argv[1]).read_text()))))
