@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,18 @@ check: environment ## lint and test, as before every push
 
 bench-stack-exchange: environment ## time `prepare stack-exchange` (FAIRLEAD_DATA=folder ARGS="--sizes 20")
 	.venv/bin/python benchmarks/stack_exchange.py $(ARGS)
+
+bench-sft: peers ## time SFT beside TRL (FAIRLEAD_DATA=folder ARGS="--sizes S")
+	.venv/bin/python benchmarks/sft.py $(ARGS)
+
+bench-reward: peers ## time a reward model beside TRL (FAIRLEAD_DATA=folder ARGS="--sizes S")
+	.venv/bin/python benchmarks/reward.py $(ARGS)
+
+bench-dpo: peers ## time DPO beside TRL (FAIRLEAD_DATA=folder ARGS="--sizes S")
+	.venv/bin/python benchmarks/dpo.py $(ARGS)
+
+bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="--sizes S")
+	.venv/bin/python benchmarks/head.py $(ARGS)
 
 peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
 	@bash scripts/peers

@@ -273,10 +273,10 @@ def run_ours(recipe: dict[str, Any]) -> dict[str, Any]:
         return run([sys.executable, HERE / "side_by_side.py"], recipe | {"run": {"directory": folder, "name": "run"}})
 
 
-def run_peer(job: dict[str, Any]) -> dict[str, Any]:
+def run_peer(script: str, job: Mapping[str, Any]) -> dict[str, Any]:
     if not PEER_PYTHON.exists():
         raise SystemExit("the peers' environment is missing: make peers")
-    return run([PEER_PYTHON, HERE / "peers" / "train.py"], job)
+    return run([PEER_PYTHON, HERE / "peers" / script], job)
 
 
 def ours(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def interleave(case: str, ways: Sequence[Way], repeats: int) -> list[tuple[Side,
             if key not in known:
                 known[key] = run_ours(way.ours)
             mine.add(known[key])
-            theirs.add(run_peer(way.peer))
+            theirs.add(run_peer("train.py", way.peer))
             speeds = [rate(way, side, number) for side in (mine, theirs)]
             say(
                 f"{case}, {way.peer_name}, {number + 1}/{repeats}: {speeds[0]:,.1f} and {speeds[1]:,.1f} /s, "
@@ -412,11 +412,12 @@ PEAK = {("peak memory of the process", "MB"): (peak, peak)}
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def options(about: str | None, name: str) -> argparse.ArgumentParser:
+def options(about: str | None, name: str, *, needs_data: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--data", default=os.environ.get("FAIRLEAD_DATA"), help="folder with hh-rlhf/ and text/")
+    if needs_data:
+        parser.add_argument("--data", default=os.environ.get("FAIRLEAD_DATA"), help="folder with hh-rlhf/ and text/")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
     return parser
 

@@ -10,6 +10,7 @@ import torch
 from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
 
 from fairlead.algorithms import dpo, ppo, reward, sft
+from fairlead.algorithms.reference import measure
 from fairlead.algorithms.terms import nll
 from fairlead.data.pack import by_response, preference_batch, rollout_batch, token_batch
 from fairlead.data.render import Tree
@@ -30,15 +31,14 @@ def _pairs(trees, reference, *, packed: bool):
     return preference_batch(trees, packed=packed, pad_id=0, reference_logprobs=reference)
 
 
-def _reference(made, trees) -> torch.Tensor:
-    batch = _pairs(trees, None, packed=True)
-    with torch.no_grad(), made.use("reference"):
-        return dpo.sequence_logprobs(made(batch, frozenset({"logprobs"})), batch).view(-1, 2)
+def _reference(made, trees) -> list[list[torch.Tensor]]:
+    return list(measure(made, iter([_pairs(trees, None, packed=True)]), trees))
 
 
 def test_dpo_starts_at_log_two_with_no_reward() -> None:
     made = models(("policy", "reference"))
-    metrics = backward(made, dpo.passes(dpo.Settings()), [_pairs(PAIRS, _reference(made, PAIRS), packed=True)])
+    reference = [row for rows in _reference(made, PAIRS) for row in rows]
+    metrics = backward(made, dpo.passes(dpo.Settings()), [_pairs(PAIRS, reference, packed=True)])
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
@@ -156,8 +156,10 @@ def test_a_mix_of_units_has_the_same_gradient_however_it_is_split(parts: int, pa
         made = models(("policy", "reference"), dtype=torch.float64, architecture="opt")
         reference = _reference(made, PAIRS)
         scatter(made, 0.05)
-        batches = [_pairs([PAIRS[i] for i in g], reference[g], packed=packed) for g in groups]
-        metrics = backward(made, dpo.passes(dpo.Settings(sft_weight=0.7)), batches)
+        batches = [
+            _pairs([PAIRS[i] for i in g], [row for i in g for row in reference[i]], packed=packed) for g in groups
+        ]
+        metrics = backward(made, dpo.passes(dpo.Settings(loss={"sigmoid": 1, "sft": 0.7})), batches)
         return gradients(made), metrics
 
     wanted, whole = run([[0, 1, 2, 3]], True)

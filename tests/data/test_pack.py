@@ -16,6 +16,7 @@ from fairlead.data.pack import (
     pack_whole,
     packing_report,
     preference_batch,
+    ranking_batch,
     rollout_batch,
     token_batch,
 )
@@ -149,12 +150,27 @@ def test_the_first_response_of_a_pair_is_the_chosen_one(packed: bool) -> None:
     assert (batch.margin, batch.reference_logprobs) == (None, None)
 
 
-def test_reference_log_probabilities_of_pairs_become_those_of_sequences() -> None:
-    reference = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
-    batch = preference_batch(PAIRS, packed=True, pad_id=PAD, reference_logprobs=reference)
+@pytest.mark.parametrize(
+    ("packed", "wanted"),
+    [
+        (True, [[0, -1, -2, -3, 0, 0, -4, -5, -6, -7]]),
+        (False, [[0, -1, -2, -3, 0, 0], [0, 0, -4, -5, -6, -7]]),
+    ],
+)
+def test_reference_log_probabilities_stand_at_the_tokens_of_their_responses(packed: bool, wanted: list) -> None:
+    reference = [torch.tensor(row) for row in ([-1.0, -2.0], [-3.0], [-4.0], [-5.0, -6.0, -7.0])]
+    batch = preference_batch(PAIRS, packed=packed, pad_id=PAD, reference_logprobs=reference)
     assert batch.reference_logprobs is not None
-    assert batch.reference_logprobs[batch.chosen].tolist() == [-1.0, -3.0]
-    assert batch.reference_logprobs[batch.rejected].tolist() == [-2.0, -4.0]
+    assert batch.reference_logprobs.tolist() == wanted
+
+
+def test_a_ranking_gives_every_pair_that_is_no_tie() -> None:
+    trees = [Tree((1,), ((2,), (3, 4), (5,))), Tree((6,), ((7,), (8,)))]
+    batch = ranking_batch(trees, [[0, 1, 1], [0, 1]], packed=True, pad_id=PAD, ratings=[[4, 2, 2], [1.5, 1]])
+    assert list(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)) == [(0, 1), (0, 2), (3, 4)]
+    assert batch.margin is not None and batch.margin.tolist() == [2, 2, 0.5]
+    assert (batch.group.tolist(), batch.level.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 1, 0, 1])
+    assert (batch.counts["pair"], batch.counts["ranking"], batch.counts["sequence"]) == (3, 2, 5)
 
 
 @pytest.mark.parametrize(

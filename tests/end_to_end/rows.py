@@ -20,12 +20,22 @@ PAIRS = [
 ]
 DEMONSTRATIONS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
 TEXTS = [{"text": f"{row['prompt']} {row['chosen']}."} for row in PAIRS]
+LABELLED = [
+    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+    for row in PAIRS
+    for side in ("chosen", "rejected")
+]
 PROMPTS = [{"prompt": row["prompt"], "topic": row["prompt"].split()[3]} for row in PAIRS[:: len(FAULTS)]]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": TEXTS,
     "sft": DEMONSTRATIONS,
     "reward": PAIRS,
     "dpo": PAIRS,
+    "simpo": PAIRS,
+    "cpo": PAIRS,
+    "orpo": PAIRS,
+    "kto": LABELLED,
+    "bco": LABELLED,
     "ppo": PROMPTS,
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairlead.ops.preference import bradley_terry, dpo_sigmoid
+from fairlead.ops.preference import bco, cal_dpo, dpo_sigmoid, hinge, kto, log_odds, robust
 
 
 def logistic(x: float) -> float:
@@ -50,19 +50,38 @@ def test_the_smoothed_loss_is_least_where_the_model_doubts_as_much_as_the_labels
     assert gradient.item() == pytest.approx(0.0, abs=1e-15)
 
 
-def test_bradley_terry_by_hand() -> None:
-    loss = bradley_terry(doubles(0.0, 1.0, -2.0), doubles(0.0, 0.0, 1.0))
-    assert loss.tolist() == pytest.approx([math.log(2), math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))])
+def test_robust_dpo_is_unbiased_under_flips() -> None:
+    """The mean over the flip of its own loss is the loss of the clean label (Ray Chowdhury et al. 2024, lemma 3.1)."""
+    chosen, rejected, flips = doubles(0.7, -1.5), doubles(0.2, 2.5), 0.2
+    kept = robust(chosen, rejected, beta=0.5, label_smoothing=flips)
+    flipped = robust(rejected, chosen, beta=0.5, label_smoothing=flips)
+    clean = dpo_sigmoid(chosen, rejected, beta=0.5)
+    assert ((1 - flips) * kept + flips * flipped).tolist() == pytest.approx(clean.tolist(), rel=1e-14)
 
 
-def test_a_margin_must_be_overcome_before_the_pair_counts_as_won() -> None:
-    """Difference 2: margin 2 leaves a coin, margin 0.5 leaves 1.5, margin 0 leaves 2."""
-    chosen, rejected, margin = doubles(3.0, 3.0, 3.0), doubles(1.0, 1.0, 1.0), torch.tensor([2.0, 0.5, 0.0]).double()
-    loss = bradley_terry(chosen, rejected, margin=margin)
-    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-x)) for x in (0.0, 1.5, 2.0)], rel=1e-14)
+def test_cal_dpo_by_hand() -> None:
+    """beta = 0.5, so 1 / (2 beta) = 1: c = 3, r = 1 gives (3 - 1)^2 + (1 + 1)^2 + ln(1 + e^-2)."""
+    loss = cal_dpo(doubles(3.0), doubles(1.0), beta=0.5)
+    assert loss.item() == pytest.approx(8 + math.log(1 + math.exp(-2)), rel=1e-14)
 
 
-def test_far_from_the_border_neither_loss_overflows() -> None:
+def test_bco_shifts_both_classes_by_the_same_amount() -> None:
+    """Good: -ln s(2 - 0.5); bad: -ln s(0.5 + 1)."""
+    loss = bco(doubles(2.0, -1.0), torch.tensor([True, False]), torch.tensor(0.5))
+    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-1.5))] * 2, rel=1e-14)
+
+
+def test_kto_values_a_response_against_its_reference_point() -> None:
+    """beta (h - z) = 0.5 (3 - 1) = 1: good 1 - s(1), bad 1 - s(-1)."""
+    loss = kto(doubles(3.0, 3.0), torch.tensor([True, False]), torch.tensor(1.0), beta=0.5)
+    assert loss.tolist() == pytest.approx([1 - logistic(1), 1 - logistic(-1)], rel=1e-14)
+
+
+def test_a_probability_of_a_half_has_even_odds() -> None:
+    assert log_odds(torch.tensor([0.5, 0.75]).double().log()).tolist() == pytest.approx([0.0, math.log(3)], abs=1e-15)
+
+
+def test_far_from_the_border_nothing_overflows() -> None:
     big = torch.tensor([1e4, -1e4])
-    assert bradley_terry(big, torch.zeros(2)).tolist() == [0.0, 1e4]
     assert dpo_sigmoid(big, torch.zeros(2), beta=1.0, label_smoothing=0.25).tolist() == [2500.0, 7500.0]
+    assert hinge(big, torch.zeros(2), beta=1.0).tolist() == [0.0, 10001.0]

@@ -44,7 +44,7 @@ def test_a_step_never_materialises_the_logits_of_its_rows(algorithm: str, monkey
     if algorithm == "sft":
         batch, passes = token_batch(trees, packed=True, pad_id=0), sft.passes(sft.Settings())
     else:
-        batch = preference_batch(trees, packed=True, pad_id=0, reference_logprobs=torch.zeros(2, 2))
+        batch = preference_batch(trees, packed=True, pad_id=0, reference_logprobs=[torch.zeros(100)] * 4)
         passes = dpo.passes(dpo.Settings())
     full = int(batch.loss_mask.sum()) * 5000
     with Largest() as seen:

@@ -28,6 +28,11 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
             f"all {len(labels)} responses are labelled {kind}: there is nothing to tell apart",
             hint="give data with labels of both kinds, or train sft on good responses",
         )
+    if mismatch and split == "train" and len({tree.prompt for tree in trees}) < 2:
+        raise DataError(
+            "all prompts are the same, and the batch KL is taken over responses to other prompts",
+            hint="kto.loss=apo_zero needs none",
+        )
     others = _mismatched(trees, stage.recipe.seed, stage.recipe.data.max_length) if mismatch else []
     reference = reference_logprobs(stage, [*trees, *others])
 
@@ -48,18 +53,15 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
 
 
 def _mismatched(trees: Sequence[Tree], seed: int, max_length: int) -> list[Tree]:
-    """Each prompt with the response of the next example, in an order of their own, that answers another prompt."""
+    """Each prompt with the response of the next example, in an order of their own, that answers another prompt; of the
+    next one, where all answer the same."""
     order = permutation(stream_key(seed, "mismatched", 0), len(trees))
     made: dict[int, Tree] = {}
     for place, index in enumerate(order):
         prompt = trees[index].prompt
         later = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        partner = next((other for other in later if trees[other].prompt != prompt), None)
-        if partner is None:
-            raise DataError(
-                "all prompts are the same, and the batch KL is taken over responses to other prompts",
-                hint="kto.loss=apo_zero needs none",
-            )
+        following = order[(place + 1) % len(order)]
+        partner = next((other for other in later if trees[other].prompt != prompt), following)
         made[index] = Tree(prompt, (trees[partner].responses[0][: max_length - len(prompt)],))
     return [made[index] for index in range(len(trees))]
 

@@ -32,7 +32,7 @@ OP_VERSION = 1
 
 
 def reference_logprobs(stage: Stage, trees: Sequence[Tree]) -> list[list[Tensor]]:
-    """For each tree one tensor [counted tokens] a response, in fp32 on the CPU.
+    """For each tree one tensor [counted tokens] a response, on the CPU, in max(fp32, the model's type).
 
     ``data.cache`` names the folder; null: the user's, for what takes long; none: nothing is kept. Raises DataError for
     a file that holds those of another model or of other data.
@@ -72,7 +72,7 @@ def measure(models: Models, batches: Iterator[TokenBatch], trees: Sequence[Tree]
         with models.use("reference"):
             for batch in batches:
                 batch = batch.to(models.device)
-                flat += [values.float().cpu() for values in by_response(models(batch, _NEEDS).logprobs, batch)]
+                flat += [values.cpu() for values in by_response(models(batch, _NEEDS).logprobs, batch)]
     finally:
         models.train()
     start = 0

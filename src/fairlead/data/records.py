@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fairlead.data.convert import CONVERSIONS, PLURALS, convert, sources_of, targets_of
 from fairlead.data.formats import FORMATS, Format, Notes, RecordType, best_fit, find_format, missing_field, unknown
@@ -19,6 +19,7 @@ from fairlead.errors import ConfigError, DataError
 from fairlead.types import Demonstration, Labelled, Preference, Prompt, Ranking, Record, Text
 
 Rows = Iterable[Mapping[str, Any]]
+Tag = TypeVar("Tag")
 
 _FILES: dict[RecordType, str] = {
     Text: "pretrain",
@@ -64,7 +65,28 @@ def load_records(
     cannot be had; and when none is left. ``statement`` says what was read in one line.
     """
     shares = None if heldout or weights is None else _shares(source, weights)
-    counts, records, origins = Counts(), list[Record](), list[int]()
+    records, origins, counts = load_tagged(
+        source, record, lambda origin, _: origin, limit=limit, heldout=heldout, format=format, columns=columns
+    )
+    if shares is not None:
+        records = _weigh(records, origins, shares, counts)
+        _require_some(records, source, counts)
+    return records, counts
+
+
+def load_tagged(
+    source: str | Sequence[str] | Rows,
+    record: RecordType,
+    tag: Callable[[int, Row], Tag],
+    *,
+    limit: int | None = None,
+    heldout: bool = False,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> tuple[list[Any], list[Tag], Counts]:
+    """``load_records`` without weights, and beside each record the tag of its row: what ``tag`` makes of the number of
+    its source and of the row."""
+    counts, records, tags = Counts(), list[Any](), list[Tag]()
     for origin, row in _rows(source, record, heldout, counts.notes):
         if limit is not None and len(records) >= limit:
             break
@@ -77,15 +99,9 @@ def load_records(
             else:
                 counts.kept += 1
                 records.append(outcome)
-                origins.append(origin)
-    if shares is not None:
-        records = _weigh(records, origins, shares, counts)
-    if not records:
-        raise DataError(
-            f"no usable row in {_name(source)}: {counts.read} read, dropped {dict(counts.dropped)}",
-            hint="look at its rows: is a field filled with what belongs to another?",
-        )
-    return records, counts
+                tags.append(tag(origin, row))
+    _require_some(records, source, counts)
+    return records, tags, counts
 
 
 def parse_row(
@@ -303,5 +319,12 @@ def _weigh(records: list[Record], origins: list[int], weights: Sequence[float], 
     return weighed
 
 
-def _name(source: Any) -> str:
-    return source if isinstance(source, str) else "the given rows"
+def _require_some(records: Sequence[Any], source: Any, counts: Counts) -> None:
+    if not records:
+        paths = [source] if isinstance(source, str) else source
+        named = isinstance(paths, list | tuple) and paths and all(isinstance(path, str) for path in paths)
+        raise DataError(
+            f"no usable row in {', '.join(paths) if named else 'the given rows'}: {counts.read} read, dropped "
+            f"{dict(counts.dropped)}",
+            hint="look at its rows: is a field filled with what belongs to another?",
+        )

@@ -22,7 +22,6 @@ from fairlead.data.records import load_records
 from fairlead.data.splits import fold_of, keyed_hash, split_of
 from fairlead.errors import ConfigError, RunError
 from fairlead.evaluation.baselines import length_only, tf_idf
-from fairlead.evaluation.evaluate import pair_margins
 from fairlead.evaluation.metrics import (
     Estimate,
     Numbers,
@@ -31,6 +30,7 @@ from fairlead.evaluation.metrics import (
     paired_difference,
     sign_flip_p_value,
 )
+from fairlead.evaluation.reward_quality import pair_margins
 from fairlead.models.load import pick_device
 from fairlead.rollout.rewards import open_model
 from fairlead.runner import resolve, run_stage

@@ -17,18 +17,12 @@ import torch
 
 from fairlead.config import ModelSection, Recipe
 from fairlead.config_file import suggest
-from fairlead.data.records import load_records, prompt_key
+from fairlead.data.records import load_tagged
 from fairlead.data.render import Renderer, Tree
+from fairlead.data.sources import Row
 from fairlead.errors import ConfigError, ModelError, RunError
-from fairlead.evaluation.baselines import length_margins
-from fairlead.evaluation.metrics import (
-    Estimate,
-    bootstrap_interval,
-    distinct_n,
-    pair_accuracy,
-    perplexity,
-    win_rate,
-)
+from fairlead.evaluation.metrics import Estimate, bootstrap_interval, distinct_n, perplexity, win_rate
+from fairlead.evaluation.reward_quality import judge, measure
 from fairlead.models.load import load_base, load_tokenizer, pick_device, read_meta
 from fairlead.models.roles import Models
 from fairlead.ops.kl import k1
@@ -39,8 +33,8 @@ from fairlead.runner import resolve
 from fairlead.tracking import RunDirectory
 from fairlead.types import Conversation, Demonstration, Preference, Prompt, Record, Rollout, Sampling
 
-Data = str | Path | Sequence[Mapping[str, Any]]
-"""A file of records, a folder written by `fairlead prepare` (its held-out part), a hub id, or rows."""
+Data = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
+"""A file of records, a folder written by `fairlead prepare` (its held-out part), a hub id, several of them, or rows."""
 ScoreSource = str | Path | Callable[..., Sequence[float]]
 """A reward run or folder, `module:function`, or a function with trlX's signature."""
 RESERVED = ("distinct_1", "distinct_2", "finished", "kl", "length", "perplexity", "win_rate")
@@ -86,7 +80,8 @@ class _Plan:
     """What is measured, the same for every run."""
 
     prompts: list[Prompt]
-    pairs: list[Preference]
+    pairs: list[tuple[Preference, str]]
+    """Each with the name of its source."""
     demonstrations: list[Demonstration]
     scores: Mapping[str, ScoreSource]
     win_score: str | None
@@ -139,13 +134,15 @@ def evaluate(
     mean of each of ``scores``; against the policy of the run ``reference``, ``kl`` (nats: the sum over a response of
     log policy - log reference at the sampling temperature, top_k and top_p aside) and ``win_rate`` (by the score
     ``win_score``, the first one when not given); on ``demonstrations``, ``perplexity``. A reward model judges
-    ``pairs``: ``accuracy``, and beside it ``length_accuracy``, that of preferring the longer response. Each metric is
-    ``{"mean", "low", "high", "n"}`` with its 95 % interval over prompts.
+    ``pairs``: ``accuracy``, beside it ``length_accuracy``, that of preferring the longer response, and under
+    ``reward/`` calibration and length bias (docs/reference/metrics.md); their curves and bins are written to
+    ``evaluation/reward_quality.json``. Each metric is ``{"mean", "low", "high", "n"}`` with its 95 % interval over
+    prompts.
 
     Raises RunError for a run that is missing or unfinished, ModelError where the reference has another vocabulary,
     ConfigError where there is nothing to measure.
     """
-    clash = sorted(set(scores) & set(RESERVED))
+    clash = sorted(name for name in scores if name in RESERVED or name.startswith("reward/"))
     if clash:
         raise ConfigError(f"a score cannot bear the name of a metric: {', '.join(clash)}", hint="rename it")
     if win_score is not None and win_score not in scores:
@@ -168,7 +165,9 @@ def evaluate(
     plan = _Plan(
         prompts=_fitting(prompts, wanted_by, max_new_tokens, num_prompts, counts) if policies else [],
         pairs=_load(pairs, Preference, "pairs", counts) if len(policies) < len(opened) else [],
-        demonstrations=_load(demonstrations, Demonstration, "demonstrations", counts) if policies else [],
+        demonstrations=[d for d, _ in _load(demonstrations, Demonstration, "demonstrations", counts)]
+        if policies
+        else [],
         scores=scores,
         win_score=win_score or next(iter(scores), None),
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
@@ -185,13 +184,6 @@ def evaluate(
         )
         for run in opened
     }
-
-
-def pair_margins(reward: ModelReward, pairs: Sequence[Preference]) -> list[float]:
-    """Score of the chosen response - score of the rejected one, for each pair."""
-    texts: list[tuple[Conversation, str]] = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
-    scores = reward.score(texts)
-    return [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
@@ -220,19 +212,30 @@ def _require_same_vocabulary(run: _Run, reference: _Run) -> None:
         )
 
 
-def _load(data: Data | None, record: Any, name: str, counts: dict[str, Any], limit: int | None = None) -> list[Any]:
+def _load(
+    data: Data | None, record: Any, name: str, counts: dict[str, Any], limit: int | None = None
+) -> list[tuple[Any, str]]:
+    """Records, each with its source: what the column ``source`` of its row says, else the path it was read from."""
     if data is None:
         return []
-    records, read = load_records(str(data) if isinstance(data, Path) else data, record, limit=limit, heldout=True)
+    source: Any = [
+        str(part) if isinstance(part, Path) else part for part in ([data] if isinstance(data, Path) else data)
+    ]
+
+    def origin(number: int, row: Row) -> str:
+        path = source[number] if isinstance(source[number], str) else ""
+        return str(row.data.get("source") or path)
+
+    records, origins, read = load_tagged(source, record, origin, limit=limit, heldout=True)
     counts[name] = {"read": read.read, "kept": read.kept, "cut": 0, "dropped": dict(read.dropped)}
-    return records
+    return list(zip(records, origins, strict=True))
 
 
 def _fitting(
     data: Data | None, runs: Sequence[_Run], new_tokens: int, number: int, counts: dict[str, Any]
 ) -> list[Prompt]:
     """The first prompts that fit every run."""
-    prompts: list[Prompt] = _load(data, Prompt, "prompts", counts, READ_FACTOR * number)
+    prompts: list[Prompt] = [prompt for prompt, _ in _load(data, Prompt, "prompts", counts, READ_FACTOR * number)]
     for run in runs if prompts else ():
         fitting, lengths = run.renderer(new_tokens).prompts(prompts)
         prompts = [prompt for prompt, _ in fitting]
@@ -365,12 +368,11 @@ def _as_text(prompt: Conversation) -> str:
 
 def _evaluate_reward(run: _Run, plan: _Plan) -> dict[str, Any]:
     reward = open_model(str(run.directory.path), device=plan.device)
-    prompts = [prompt_key(pair) for pair in plan.pairs]
-    metrics = {
-        "accuracy": pair_accuracy(pair_margins(reward, plan.pairs), prompts, seed=plan.seed),
-        "length_accuracy": pair_accuracy(length_margins(plan.pairs), prompts, seed=plan.seed),
-    }
-    about = {"reference": None, "pairs": len(plan.pairs), "seed": plan.seed, "data": {"pairs": plan.counts["pairs"]}}
+    judged = judge(reward, [pair for pair, _ in plan.pairs], [source for _, source in plan.pairs])
+    metrics, curves = measure(judged, seed=plan.seed)
+    run.directory.write_json("evaluation/reward_quality.json", {"run": run.name, **curves})
+    counts = {"pairs": plan.counts["pairs"] | {"cut": judged.cut}}
+    about = {"reference": None, "pairs": len(plan.pairs), "seed": plan.seed, "data": counts}
     return _write_metrics(run, metrics, about)
 
 

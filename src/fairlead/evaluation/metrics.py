@@ -116,8 +116,7 @@ def pair_accuracy(margins: Numbers, prompts: Sequence[Hashable], *, seed: int) -
 
     ``prompts`` names each pair's prompt: pairs of one prompt are resampled together.
     """
-    right, pairs = _per_prompt(correctness(margins), prompts)
-    return replace(ratio_interval(right, pairs, seed=seed), n=len(margins))
+    return pair_mean(correctness(margins), prompts, seed=seed)
 
 
 def paired_difference(
@@ -128,8 +127,14 @@ def paired_difference(
     seed: int,
 ) -> Estimate:
     """Mean of ours - theirs over items measured by both, in their unit; ``n`` is the number of items."""
-    difference, items = _per_prompt(np.subtract(ours, theirs), prompts)
-    return replace(ratio_interval(difference, items, seed=seed), n=len(prompts))
+    return pair_mean(np.subtract(ours, theirs), prompts, seed=seed)
+
+
+def pair_mean(values: Numbers, prompts: Sequence[Hashable], *, seed: int) -> Estimate:
+    """Mean over pairs, or other items of prompts, in their unit; those of one prompt are resampled together, and ``n``
+    is the number of items."""
+    sums, items = per_prompt(np.asarray(values, float), prompts)
+    return replace(ratio_interval(sums, items, seed=seed), n=len(prompts))
 
 
 def sign_flip_p_value(differences: Numbers, prompts: Sequence[Hashable], *, seed: int, flips: int = 9999) -> float:
@@ -139,7 +144,7 @@ def sign_flip_p_value(differences: Numbers, prompts: Sequence[Hashable], *, seed
     assignments whose total is at least as far from zero as the one seen. All are tried up to ``EXACT_PROMPTS`` prompts
     that differ; else ``flips`` random ones and the one seen.
     """
-    sums, _ = _per_prompt(np.asarray(differences, float), prompts)
+    sums, _ = per_prompt(np.asarray(differences, float), prompts)
     sums = sums[sums != 0]
     seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     if len(sums) <= EXACT_PROMPTS:
@@ -157,7 +162,7 @@ def perplexity(nll: Sequence[float], tokens: Sequence[int], *, seed: int) -> Est
     return Estimate(math.exp(nats.mean), low, high, nats.n)
 
 
-def _per_prompt(values: NDArray[np.float64], prompts: Sequence[Hashable]) -> tuple[NDArray[Any], NDArray[Any]]:
+def per_prompt(values: NDArray[np.float64], prompts: Sequence[Hashable]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The sum and the number of the values of each prompt."""
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     index = np.array([places[prompt] for prompt in prompts], int)

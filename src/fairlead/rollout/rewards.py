@@ -21,10 +21,12 @@ from fairlead.models.identity import weights_sha256
 from fairlead.models.load import base_of, base_origin, load_base, load_tokenizer, read_meta, resolve_folder
 from fairlead.models.pretrained import read_model
 from fairlead.models.roles import Models
-from fairlead.types import Conversation, Prompt, Reward, Rollout
+from fairlead.types import Conversation, Message, Prompt, Reward, Rollout
 
 RewardFunction = Callable[..., Sequence[float]]
 """trlX's signature: ``samples, prompts, outputs, **columns`` -> one number a sample."""
+Judgeable = tuple[Conversation | Prompt, str | Message]
+"""A prompt and a response to it."""
 
 
 def open_reward(
@@ -88,15 +90,25 @@ class ModelReward:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         return self.score([(rollout.prompt, rollout.text) for rollout in rollouts], rollouts)
 
-    @torch.no_grad()
-    def score(
-        self, texts: Sequence[tuple[Conversation | Prompt, str]], rollouts: Sequence[Rollout] = ()
-    ) -> list[float]:
+    @property
+    def max_length(self) -> int:
+        """Tokens that are read."""
+        return self._renderer.max_length
+
+    def score(self, texts: Sequence[Judgeable], rollouts: Sequence[Rollout] = ()) -> list[float]:
         """Scores of (prompt, response) pairs."""
-        render = self._renderer
-        prompts = render.prompt_ids([prompt for prompt, _ in texts])
-        responses = render.response_ids(texts)
-        rows = [(*prompt, *response)[-render.max_length :] for prompt, response in zip(prompts, responses, strict=True)]
+        return self.score_ids(self.ids(texts), rollouts)
+
+    def ids(self, texts: Sequence[Judgeable]) -> list[tuple[int, ...]]:
+        """Prompt, response and end of sequence as tokens, whole."""
+        prompts = self._renderer.prompt_ids([prompt for prompt, _ in texts])
+        responses = self._renderer.response_ids(texts)
+        return [(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    @torch.no_grad()
+    def score_ids(self, rows: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout] = ()) -> list[float]:
+        """Scores of what ``ids`` gave; of a row longer than ``max_length`` the beginning is left out."""
+        rows = [row[-self.max_length :] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
         for group in micro_batches([len(rows[i]) for i in order], self._budget, packed=self._packed):

@@ -1,0 +1,94 @@
+"""DPO on HH's pairs beside TRL's DPOTrainer: pairs a second, whole runs, peak memory.
+
+    make bench-dpo
+    make bench-dpo ARGS="--sizes S --steps 2 --repeats 1"
+
+The same pairs in two orders: random, and batches of like length as train_sampling_strategy=group_by_length makes them.
+TRL asks its reference model in every step, we ask ours once before the first: that pass is counted, in pairs a second
+by the share of the pairs that are timed, in whole runs with the loading and tokenising of both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import side_by_side as bench
+
+BATCH = {"S": 8, "M": 4}
+"""Pairs of a step."""
+LEARNING_RATE = 1e-4
+REMARK = (
+    "Random Llamas in fp32, AdamW, the same pairs of HH in the same order, none of them cut. Ours is the dpo stage "
+    "with all that it writes, its pass over the reference counted; TRL writes no checkpoints. peer_name says in which "
+    "order, and how many pairs go through TRL's models at once. A whole run begins at the call, with all imports done, "
+    "and ends with the last step."
+)
+
+
+def with_reference(way: bench.Way, side: bench.Side, number: int) -> float:
+    """Our pairs a second, the reference's share of the time included, and tokenising with it."""
+    seconds, timed = side.seconds[number], sum(way.units[way.warmup :])
+    return timed / (seconds[-1] - seconds[way.warmup - 1] + side.prepared[number] * timed / sum(way.units))
+
+
+def whole(way: bench.Way, side: bench.Side, number: int) -> float:
+    return sum(way.units) / side.whole[number]
+
+
+METRICS = {
+    ("pairs a second, with reference", "1/s"): (with_reference, bench.rate),
+    ("pairs a second, whole run", "1/s"): (whole, whole),
+    **bench.PEAK,
+}
+
+
+def ways(model: Path, pairs: Sequence[bench.Pair], batch: int, warmup: int, steps: int) -> Iterator[bench.Way]:
+    for order, chosen in bench.orders(pairs, batch, warmup, steps).items():
+        mine, theirs = bench.write_pairs(model / order, chosen)
+        ours = bench.recipe(
+            "dpo",
+            model,
+            mine,
+            optim={"learning_rate": LEARNING_RATE},
+            train={"steps": warmup + steps, "batch_size": batch},
+            dpo={"beta": 0.1},
+        )
+        peer = bench.job(
+            "dpo",
+            model,
+            theirs,
+            steps=warmup + steps,
+            batch_size=batch,
+            learning_rate=LEARNING_RATE,
+            arguments={"beta": 0.1, "max_length": bench.LENGTH},
+            ids=[pair.ids for pair in chosen],
+        )
+        for at_once in (batch, 1):
+            job = peer | {"rows_at_once": at_once}
+            yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [batch] * (warmup + steps), warmup)
+
+
+def main() -> None:
+    parser = bench.options(__doc__, "dpo")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of S; of M half as many")
+    settings = parser.parse_args()
+    data = bench.data_folder(parser, settings)
+    rows = bench.transcripts(data)
+    texts = [row["prompt"] + row["chosen"] for row in rows]
+    cases: list[dict[str, Any]] = []
+    with bench.scratch() as folder:
+        for size in settings.sizes:
+            tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
+            steps = settings.steps if size == "S" else max(1, settings.steps // 2)
+            pairs = bench.whole_pairs(rows, tokenizer)
+            tried = list(ways(folder / size, pairs, BATCH[size], settings.warmup, steps))
+            sides = bench.interleave(size, tried, settings.repeats)
+            cases += bench.results(size, tried, sides, METRICS)
+    bench.write_results(settings.out, "dpo", cases, bench.versions(sides), REMARK)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A reward model on HH's pairs beside TRL's RewardTrainer: pairs a second and peak memory.
+
+    make bench-reward
+    make bench-reward ARGS="--sizes S --steps 2 --repeats 1"
+
+The same pairs in two orders: random, and batches of like length as train_sampling_strategy=group_by_length makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import side_by_side as bench
+
+BATCH = 8
+"""Pairs of a step."""
+LEARNING_RATE = 1e-4
+METRICS = {("pairs a second", "1/s"): (bench.rate, bench.rate), **bench.PEAK}
+REMARK = (
+    "Random Llamas in fp32, AdamW, the same pairs of HH in the same order, none of them cut. Ours is the reward stage "
+    "with all that it writes; TRL writes no checkpoints. peer_name says in which order, and how many pairs go through "
+    "TRL's model at once."
+)
+
+
+def ways(model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
+    for order, chosen in bench.orders(pairs, BATCH, warmup, steps).items():
+        mine, theirs = bench.write_pairs(model / order, chosen)
+        ours = bench.recipe(
+            "reward",
+            model,
+            mine,
+            optim={"learning_rate": LEARNING_RATE},
+            train={"steps": warmup + steps, "batch_size": BATCH},
+        )
+        peer = bench.job(
+            "reward",
+            model.with_name(f"{model.name}-reward"),
+            theirs,
+            steps=warmup + steps,
+            batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            arguments={"max_length": bench.LENGTH},
+            ids=[
+                {f"{side}_ids": pair.ids["prompt_ids"] + pair.ids[f"{side}_ids"] for side in ("chosen", "rejected")}
+                for pair in chosen
+            ],
+        )
+        for at_once in (BATCH, 1):
+            job = peer | {"rows_at_once": at_once}
+            yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [BATCH] * (warmup + steps), warmup)
+
+
+def main() -> None:
+    parser = bench.options(__doc__, "reward")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of S; of M a third")
+    settings = parser.parse_args()
+    data = bench.data_folder(parser, settings)
+    rows = bench.transcripts(data)
+    texts = [row["prompt"] + row["chosen"] for row in rows]
+    cases: list[dict[str, Any]] = []
+    with bench.scratch() as folder:
+        for size in settings.sizes:
+            tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
+            steps = settings.steps if size == "S" else max(1, settings.steps // 3)
+            tried = list(ways(folder / size, bench.whole_pairs(rows, tokenizer), settings.warmup, steps))
+            sides = bench.interleave(size, tried, settings.repeats)
+            cases += bench.results(size, tried, sides, METRICS)
+    bench.write_results(settings.out, "reward", cases, bench.versions(sides), REMARK)
+
+
+if __name__ == "__main__":
+    main()
