@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +24,7 @@ from fairlead.models.precision import autocast_of, training_notes
 from fairlead.models.roles import Models
 from fairlead.planning.show import announce
 from fairlead.rollout.rewards import shared_reward
+from fairlead.training.budget import TokenBudget
 from fairlead.types import Algorithm, Prompt, Record, Text
 
 TOKENIZER_TEXTS = 200_000
@@ -58,7 +60,8 @@ def assemble(
     if record is not Prompt:
         refuse_unlearnable(renderer, records)
     device = pick_device(recipe.model.device)
-    for line in announce(recipe, algorithm, build_models, given=given.model, tokenizer=tokenizer):
+    lines, tokens = announce(recipe, algorithm, build_models, given=given.model, tokenizer=tokenizer)
+    for line in lines:
         say(line)
     if given.model is None:
         base = load_base(recipe.model, tokenizer, template, seed=recipe.seed, device=device)
@@ -82,9 +85,16 @@ def assemble(
             hint=f"set data.max_length={limit} or less",
         )
     rows = {split: _rows(count) for split, count in counts.items()}
-    stage = Stage(recipe, models, renderer, records, held_out, folder, given.objects, rows)
+    budget = TokenBudget(_begun_with(folder) or tokens)
+    stage = Stage(recipe, models, renderer, records, held_out, folder, budget, given.objects, rows)
     read = (statement(count, record) for count in counts.values())
     return stage, (*read, *base.notes, *training_notes(recipe.model, base.model.dtype), *models.notes)
+
+
+def _begun_with(folder: Path) -> int | None:
+    """The tokens of a forward pass that an unfinished run in this folder began with: it goes on with them."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text("utf-8")).get("micro_batch_tokens") if path.is_file() else None
 
 
 def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: torch.device) -> Models:

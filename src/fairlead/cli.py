@@ -162,7 +162,9 @@ def pipeline(
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="finished runs")],
     prompts: Annotated[str | None, typer.Option(help="prompts: a file or a prepared folder")] = None,
-    pairs: Annotated[str | None, typer.Option(help="preference pairs for runs that score")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option(help="preference pairs for runs that score; may be repeated")
+    ] = None,
     demonstrations: Annotated[str | None, typer.Option(help="demonstrations for perplexity")] = None,
     score: Annotated[list[str] | None, typer.Option(help="NAME=RUN or NAME=module:function; may be repeated")] = None,
     reference: Annotated[Path | None, typer.Option(help="the run that KL and win rate are taken against")] = None,
@@ -175,11 +177,12 @@ def evaluate(
 ) -> None:
     """Measure runs on held-out data, with bootstrap intervals; written into each run's evaluation/."""
     from fairlead.evaluation import evaluate as run
+    from fairlead.evaluation.show import print_evaluation
 
     result = run(
         runs,
         prompts=prompts,
-        pairs=pairs,
+        pairs=pairs or None,
         demonstrations=demonstrations,
         scores=dict(_named(text) for text in score or []),
         reference=reference,
@@ -192,7 +195,29 @@ def evaluate(
     if as_json:
         _print(result, True, "")
     else:
-        print_table(result)
+        print_evaluation(result)
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Argument(help="a finished run that scores, or a folder of such a model")],
+    file: Annotated[str, typer.Argument(help="demonstrations, pairs, labelled answers or rankings")],
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="file to write, .jsonl; without one the rows go to stdout")] = None,
+    min_score: Annotated[float | None, typer.Option(help="keep rows that score at least this")] = None,
+    top_share: Annotated[float | None, typer.Option(help="keep the best rows: this share of them, above 0")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score the answers of a data file and write its rows out with their scores, all of them or the best."""
+    from fairlead.evaluation.score import describe, score_file
+
+    result = score_file(run, file, settings or [], out=out, min_score=min_score, top_share=top_share)
+    if as_json or out is not None:
+        _print(result, as_json, f"{out}: {describe(result)}")
+        return
+    for row in result["rows"]:
+        print(json.dumps(row, default=str))
+    print(describe(result), file=sys.stderr)
 
 
 @app.command()
@@ -253,26 +278,6 @@ def demo(
     summary = run_demo(out, seed=seed) if seeds == 1 else run_seeds(out, seeds=range(seed, seed + seeds))
     if as_json:
         _print(summary, True, "")
-
-
-def print_table(models: dict[str, Any]) -> None:
-    """Metrics of several models, a row a model, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = list(dict.fromkeys(name for metrics in models.values() for name in metrics))
-    table = Table("", *names)
-    for model, metrics in models.items():
-        table.add_row(model, *(_cell(metrics.get(name)) for name in names))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _cell(metric: dict[str, Any] | None) -> str:
-    if not metric or metric["mean"] is None:
-        return ""
-    if metric.get("low") is None:
-        return f"{metric['mean']:.3g}"
-    return f"{metric['mean']:.3g} [{metric['low']:.3g}, {metric['high']:.3g}]"
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -245,6 +245,9 @@ class OptimSection(Section):
         return self
 
 
+DEFAULT_TOKENS = 8192
+
+
 class TrainSection(Section):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the records (on-policy: over the prompts); `steps` wins."""
@@ -252,8 +255,9 @@ class TrainSection(Section):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Records of one optimizer step (packed text: rows of max_length)."""
-    micro_batch_tokens: int = Field(default=8192, ge=16)
-    """Tokens of one forward pass; a batch is cut into as many micro-batches as it needs."""
+    micro_batch_tokens: int | Literal["auto"] = DEFAULT_TOKENS
+    """Tokens of one forward pass; a batch is cut into as many micro-batches as it needs. auto: what the memory plan
+    says will fit, at most 65536. When memory runs out in a step, they are halved and the step is done again."""
     log_every: int = Field(default=1, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out records; null: before the first step and after the last."""
@@ -270,6 +274,20 @@ class TrainSection(Section):
     algorithm's own."""
     save_best: bool = False
     """The final model is the best checkpoint's and not the last one's."""
+    patience: int | None = Field(default=None, ge=1)
+    """The run ends when `best_metric` has not become better for so many evaluations (`eval_every`)."""
+
+    @property
+    def tokens_or_default(self) -> int:
+        """Where there is no plan to say what fits."""
+        return DEFAULT_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+
+    @field_validator("micro_batch_tokens")
+    @classmethod
+    def _enough(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 16:
+            raise ValueError("a forward pass takes at least 16 tokens")
+        return value
 
     @field_validator("save_every")
     @classmethod
@@ -482,6 +500,7 @@ def _without_effect(recipe: Recipe, origins: Mapping[str, str]) -> list[str]:
             "data.eval_path wins",
         ),
         ("optim.min_learning_rate_ratio", recipe.optim.schedule == "constant", "the schedule is constant"),
+        ("train.patience", recipe.train.eval_every is None, "nothing is evaluated on the way; set train.eval_every"),
         ("optim.betas", recipe.optim.name == "sgd", "sgd has none"),
         ("optim.eps", recipe.optim.name == "sgd", "sgd has none"),
     ]

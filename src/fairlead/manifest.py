@@ -19,7 +19,8 @@ from fairlead.config import Recipe
 from fairlead.errors import RunError
 from fairlead.models.load import resolve_folder
 from fairlead.tracking import RunDirectory, file_sha256, tree_sha256
-from fairlead.types import Algorithm
+from fairlead.training.budget import TokenBudget
+from fairlead.types import Algorithm, Progress
 
 FORMAT_VERSION = 1
 
@@ -83,9 +84,27 @@ def write_manifest(
             "inputs": inputs,
             "data": stage.counts,
             "parameters": stage.models.parameter_counts(),
+            "micro_batch_tokens": stage.budget.tokens,
             "notes": list(notes),
         },
     )
+
+
+class BudgetNote:
+    """An observer that writes into the manifest that memory ran out."""
+
+    def __init__(self, directory: RunDirectory, budget: TokenBudget) -> None:
+        self._directory, self._budget, self._known = directory, budget, len(budget.halved)
+
+    def after_step(self, progress: Progress) -> None:
+        if len(self._budget.halved) == self._known:
+            return
+        self._known = len(self._budget.halved)
+        manifest = self._directory.read_json("manifest.json")
+        note = f"memory ran out in step {progress.step}: forward passes of {self._budget.tokens} tokens from there on"
+        self._directory.write_json("manifest.json", {**manifest, "notes": [*manifest["notes"], note]})
+
+    def close(self) -> None: ...
 
 
 def versions() -> dict[str, str]:

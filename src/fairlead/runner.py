@@ -20,7 +20,7 @@ from fairlead.algorithms.stage import Stage
 from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import RunError
-from fairlead.manifest import fingerprints, write_manifest
+from fairlead.manifest import BudgetNote, fingerprints, write_manifest
 from fairlead.models.card import write_card
 from fairlead.models.export import save_model
 from fairlead.models.precision import autocast_of
@@ -29,6 +29,7 @@ from fairlead.tracking import Console, MetricsLog, RunDirectory, open_sink
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
 from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
+from fairlead.training.patience import Patience
 from fairlead.training.precision import LossScale
 from fairlead.types import Algorithm, Observer, Sampling
 
@@ -156,7 +157,9 @@ def _train(
     optimizer = Optimizer(recipe.optim, models.trainable, source.num_steps)
     best = recipe.train.best_metric or (algorithm.best if stage.eval_records else None)
     clock, log = Clock(), MetricsLog(directory, log_every=recipe.train.log_every, device=models.device.type)
+    patience = Patience(best, recipe.train.patience)
     parts: dict[str, Any] = {"clock": clock, "source": source, "log": log}
+    parts |= {"budget": stage.budget, "patience": patience}
     scale = LossScale() if autocast_of(recipe.model, models.device) == torch.float16 else None
     if scale is not None:
         parts["loss_scale"] = scale
@@ -183,7 +186,8 @@ def _train(
         ]
     )
     console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
-    observers: list[Observer] = [log, console, _Samples(directory, stage, source.num_steps), checkpointer]
+    samples, note = _Samples(directory, stage, source.num_steps), BudgetNote(directory, stage.budget)
+    observers: list[Observer] = [log, console, samples, note, patience, checkpointer]
     status = "failed"
     try:
         with stop_signals(checkpointer):
@@ -197,6 +201,12 @@ def _train(
                 seed=recipe.seed,
                 measure=_due(recipe, source.num_steps, measure),
                 scale=scale,
+                budget=stage.budget,
+                stop=lambda: patience.is_over,
+            )
+        if patience.is_over:
+            _say(
+                f"{best} has not become better for {recipe.train.patience} evaluations: stopped after step {clock.step}"
             )
         _save(directory, stage, checkpointer)
         status = "finished"

@@ -324,6 +324,10 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[list[TokenBatch]]: ...
 
+    def remake(self) -> list[TokenBatch]:
+        """The micro-batches of the last step again, within the token budget as it is now."""
+        ...
+
     def take_metrics(self) -> dict[str, float]:
         """What the source measured since the last call (a rollout's scores, say); emptied by the call."""
         ...

@@ -94,10 +94,8 @@ def test_the_reference_point_is_that_of_the_whole_step(algorithm: Any, parts: in
             )
 
         batches = [batch(group, trees, fixed, batch(group, others, apart)) for group in groups]
-        return (metrics := backward(made, algorithm.passes(algorithm.Settings()), batches)) and (
-            gradients(made),
-            metrics,
-        )
+        metrics = backward(made, algorithm.passes(algorithm.Settings()), batches)
+        return gradients(made), metrics
 
     wanted, whole = run([[0, 1, 2, 3]])
     got, split = run([[0, 1, 2, 3][i::parts] for i in range(parts)])
@@ -109,7 +107,8 @@ def test_rankings_of_two_are_pairs_and_weigh_alike() -> None:
     def run(batches: list[Any], passes: Any) -> tuple[Any, float]:
         made = models(("reward",), dtype=torch.float64, architecture="opt")
         scatter(made, 0.05)
-        return (metrics := backward(made, passes, batches)) and (gradients(made), metrics["loss"])
+        loss = backward(made, passes, batches)["loss"]
+        return gradients(made), loss
 
     pairs = preference_batch(TREES, packed=True, pad_id=0)
     wanted, loss = run([pairs], reward.passes(reward.Settings()))

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def collate(chosen: Sequence[int]) -> TokenBatch:
 
 def source(**options: Any) -> DatasetSource:
     settings = {"batch_size": 4, "micro_batch_tokens": 10, "packed": True, "seed": 0, "epochs": 1.0} | options
+    settings["micro_batch_tokens"] = partial(int, settings["micro_batch_tokens"])
     return DatasetSource(SIZES, collate, **settings)
 
 

@@ -54,6 +54,9 @@ class _Same:
     def take_metrics(self) -> dict[str, float]:
         return {}
 
+    def remake(self) -> list[TokenBatch]:
+        return next(iter(self))
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

@@ -159,7 +159,11 @@ class RolloutSource:
                 if self._step == self.num_steps:
                     return
                 self._step += 1
-                yield self._minibatch(number, position, experience, tokens, sequences)
+                self._remake = partial(self._minibatch, number, position, experience, tokens, sequences)
+                yield self._remake()
+
+    def remake(self) -> list[TokenBatch]:
+        return self._remake()
 
     def _minibatch(
         self,
@@ -175,7 +179,7 @@ class RolloutSource:
         chosen = order[index * self._batch_size : (index + 1) * self._batch_size]
         packed = self._stage.packed
         sizes = [experience.trees[i].num_tokens for i in chosen]
-        budget = self._stage.recipe.train.micro_batch_tokens
+        budget = self._stage.budget.tokens
         groups = best_fit(sizes, budget) if packed else micro_batches(sizes, budget, packed=False)
         picked = [[chosen[i] for i in group] for group in groups]
         return [
@@ -267,7 +271,7 @@ def source(stage: Stage) -> RolloutSource:
         sampling=_sampling(settings),
         seed=stage.recipe.seed,
         rows=settings.rollout_rows,
-        budget=stage.recipe.train.micro_batch_tokens,
+        budget=lambda: stage.budget.tokens,
     )
     return RolloutSource(stage, collector, [prompt for prompt, _ in prompts])
 
@@ -283,13 +287,12 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
         name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
         for name, where in settings.watch.items()
     }
-    budget = stage.recipe.train.micro_batch_tokens
 
     def measure() -> dict[str, float]:
         key = (stage.recipe.seed, "evaluation")
         rollouts = sampler.generate(chosen, sampling=_sampling(settings), key=key)
         trees = [Tree(rollout.prompt_ids, (rollout.response_ids,)) for rollout in rollouts]
-        tokens = measure_tokens(stage.models, trees, temperature=settings.temperature, budget=budget)
+        tokens = measure_tokens(stage.models, trees, temperature=settings.temperature, budget=stage.budget.tokens)
         pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
         scores = {name: reward(rollouts) for name, reward in rewards.items()}
         return {

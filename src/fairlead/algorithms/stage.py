@@ -12,6 +12,7 @@ from fairlead.data import tokenize
 from fairlead.data.loader import Collate, DatasetSource
 from fairlead.data.render import LengthCounts, Renderer, Tree
 from fairlead.models.roles import Models
+from fairlead.training.budget import TokenBudget
 from fairlead.training.loop import evaluate
 from fairlead.types import Pass, TokenBatch
 
@@ -25,6 +26,8 @@ class Stage:
     eval_records: Sequence[Any]
     folder: Path
     """The run directory."""
+    budget: TokenBudget
+    """Tokens of one forward pass."""
     objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What Python handed in under a setting's name, a reward function say."""
     counts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
@@ -68,7 +71,7 @@ class Stage:
             sizes,
             collate,
             batch_size=train.batch_size,
-            micro_batch_tokens=train.micro_batch_tokens,
+            micro_batch_tokens=lambda: self.budget.tokens,
             packed=self.packed,
             seed=self.recipe.seed,
             epochs=train.epochs,

@@ -16,8 +16,9 @@ Collate = Callable[[Sequence[int]], TokenBatch]
 class DatasetSource:
     """Walks over examples, epoch after epoch, each in an order keyed by (seed, epoch). Its state is the step.
 
-    ``sizes`` are the tokens of each example; ``collate`` makes a micro-batch of the examples of the given indices. The
-    last batch of an epoch may be smaller; the loop divides by true counts, so nothing is dropped or weighs more.
+    ``sizes`` are the tokens of each example; ``micro_batch_tokens`` is asked at every step; ``collate`` makes a
+    micro-batch of the examples of the given indices. The last batch of an epoch may be smaller; the loop divides by
+    true counts, so nothing is dropped or weighs more.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class DatasetSource:
         collate: Collate,
         *,
         batch_size: int,
-        micro_batch_tokens: int,
+        micro_batch_tokens: Callable[[], int],
         packed: bool,
         seed: int,
         epochs: float,
@@ -37,6 +38,7 @@ class DatasetSource:
         self._steps_per_epoch = math.ceil(len(sizes) / batch_size)
         self.num_steps = steps if steps is not None else max(1, round(epochs * self._steps_per_epoch))
         self._step = 0
+        self._last: Sequence[int] = ()
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         while self._step < self.num_steps:
@@ -50,13 +52,16 @@ class DatasetSource:
 
     def batch(self, indices: Sequence[int]) -> list[TokenBatch]:
         """The micro-batches of one step: few forwards, so in an order of their own where rows are packed."""
-        sizes = [self._sizes[i] for i in indices]
-        groups = best_fit(sizes, self._budget) if self._packed else micro_batches(sizes, self._budget, packed=False)
+        sizes, budget, self._last = [self._sizes[i] for i in indices], self._budget(), indices
+        groups = best_fit(sizes, budget) if self._packed else micro_batches(sizes, budget, packed=False)
         return [self._collate([indices[i] for i in group]) for group in groups]
+
+    def remake(self) -> list[TokenBatch]:
+        return self.batch(self._last)
 
     def in_order(self, first: int = 0, last: int | None = None) -> Iterator[TokenBatch]:
         """Every example from ``first`` to before ``last`` once, in the order given: for evaluation."""
-        for group in micro_batches(self._sizes[first:last], self._budget, packed=self._packed):
+        for group in micro_batches(self._sizes[first:last], self._budget(), packed=self._packed):
             yield self._collate([first + i for i in group])
 
     def take_metrics(self) -> dict[str, float]:

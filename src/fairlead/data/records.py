@@ -114,7 +114,7 @@ def parse_row(
 ) -> list[Any]:
     """The records a row gives; a reason (str) stands for each that is dropped. Raises DataError as ``load_records``."""
     notes = Counter() if notes is None else notes
-    row = _renamed(row, columns) if columns else row
+    row = renamed(row, columns) if columns else row
     found = _format_of(row, record, format)
     if isinstance(found, str):
         return [found]
@@ -219,7 +219,7 @@ def _refusal(row: Row, held: Format, record: RecordType) -> DataError:
     )
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with its columns under the names of the fields they hold; what had such a name before gives way."""
     for field, column in columns.items():
         if column not in row.data:
@@ -266,7 +266,7 @@ def _rows(
 
 def _rows_of_path(name: str, record: RecordType, heldout: bool, notes: Notes) -> Iterator[Row]:
     path = Path(name)
-    if not _is_prepared(path):
+    if not is_prepared(path):
         return read_source(name, prefer=_SPLITS[record], heldout=heldout, notes=notes)
     file = _prepared_file(path, record, heldout)
     if file is None:
@@ -278,7 +278,8 @@ def _rows_of_path(name: str, record: RecordType, heldout: bool, notes: Notes) ->
     return read_source(str(file), notes=notes)
 
 
-def _is_prepared(path: Path) -> bool:
+def is_prepared(path: Path) -> bool:
+    """Whether `fairlead prepare` wrote the folder."""
     return any(_prepared_file(path, record, heldout) for record in _FILES for heldout in (False, True))
 
 

@@ -53,7 +53,7 @@ def check(summary: dict[str, Any]) -> None:
 
 def show(summary: dict[str, Any], out: Path) -> None:
     """The table and what it says, computed from the figures."""
-    from fairlead.cli import print_table
+    from fairlead.evaluation.show import print_table
 
     models = {name: summary["models"][name]["metrics"] for name in MODELS}
     print_table({name: {m: metrics[m] for m in METRICS if m in metrics} for name, metrics in models.items()})

@@ -189,12 +189,18 @@ def evaluate(
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path | str) -> _Run:
+def finished_run(path: Path | str) -> RunDirectory:
+    """A run that has its model. Raises RunError where there is no run, or one that is unfinished."""
     directory = RunDirectory.open(path)
     if not directory.model.is_dir():
         raise RunError(
             f"{path} has not finished: it has no model yet", hint=f"continue it with `fairlead resume {path}`"
         )
+    return directory
+
+
+def _open(path: Path | str) -> _Run:
+    directory = finished_run(path)
     recipe, meta = resolve(directory.recipe).recipe, read_meta(directory.model)
     template = meta.get("template", recipe.data.template)
     return _Run(directory, recipe, meta.get("role", "policy"), template, load_tokenizer(str(directory.model)))
@@ -218,13 +224,12 @@ def _load(
     """Records, each with its source: what the column ``source`` of its row says, else the path it was read from."""
     if data is None:
         return []
-    source: Any = [
-        str(part) if isinstance(part, Path) else part for part in ([data] if isinstance(data, Path) else data)
-    ]
+    parts: Any = [data] if isinstance(data, str | Path) else data
+    source = [str(part) if isinstance(part, Path) else part for part in parts]
 
     def origin(number: int, row: Row) -> str:
-        path = source[number] if isinstance(source[number], str) else ""
-        return str(row.data.get("source") or path)
+        named, path = row.data.get("source"), source[number]
+        return named if isinstance(named, str) and named else path if isinstance(path, str) else ""
 
     records, origins, read = load_tagged(source, record, origin, limit=limit, heldout=True)
     counts[name] = {"read": read.read, "kept": read.kept, "cut": 0, "dropped": dict(read.dropped)}
@@ -316,7 +321,7 @@ def _columns(answers: _Answers, plan: _Plan, base: _Answers | None) -> dict[str,
     }
     if base is not None:
         trees = [Tree(rollout.prompt_ids, (rollout.response_ids,)) for rollout in answers.rollouts]
-        temperature, budget = plan.sampling.temperature, answers.run.recipe.train.micro_batch_tokens
+        temperature, budget = plan.sampling.temperature, answers.run.recipe.train.tokens_or_default
         ours, theirs = (
             measure_tokens(models, trees, temperature=temperature, budget=budget)["behaviour_logprobs"]
             for models in (answers.models, base.models)
@@ -329,7 +334,7 @@ def _perplexity(run: _Run, models: Models, plan: _Plan) -> tuple[Estimate, dict[
     """exp of the mean NLL of the responses' tokens, and what the run's limits did to the demonstrations."""
     records: list[Record] = list(plan.demonstrations)
     trees, _, lengths = run.renderer().trees(records)
-    budget = run.recipe.train.micro_batch_tokens
+    budget = run.recipe.train.tokens_or_default
     logprobs = measure_tokens(models, trees, temperature=1.0, budget=budget)["behaviour_logprobs"]
     nll = [-float(row.double().sum()) for row in logprobs]
     before = plan.counts["demonstrations"]

@@ -9,7 +9,7 @@ would add the noise of the draw and spread the pairs over twice as many bins, ha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,14 +221,20 @@ def places_of(values: Numbers) -> NDArray[np.intp]:
     return np.unique(np.asarray(values, float), return_inverse=True)[1]
 
 
+def middle_ranks(places: NDArray[np.intp], weights: Floats) -> Floats:
+    """Of each different value, in ascending order, the mean rank of the items that have it, from 0 to the sum of the
+    weights; an item counts ``weights`` times."""
+    counts = np.bincount(places, weights=weights)
+    return np.cumsum(counts) - counts / 2
+
+
 def rank_correlation(a: NDArray[np.intp], b: NDArray[np.intp], weights: Floats) -> float:
     """``spearman`` of items of which each stands there ``weights`` times, by the places of their values. [n] each."""
     deviations: list[Floats] = []
     total = weights.sum()
     for places in (a, b):
-        counts = np.bincount(places, weights=weights)
-        middle = np.cumsum(counts) - counts / 2
-        deviations.append(middle[places] - (weights @ middle[places]) / total)
+        ranks = middle_ranks(places, weights)[places]
+        deviations.append(ranks - (weights @ ranks) / total)
     x, y = deviations
     scale = np.sqrt((weights @ x**2) * (weights @ y**2))
     return float(weights @ (x * y) / scale) if scale > 1e-9 else float("nan")
@@ -277,12 +283,10 @@ def _resamples(count: int, seed: int) -> Iterable[Floats]:
 
 def quantile_bins(values: Numbers, bins: int) -> list[NDArray[np.intp]]:
     """Indices of at most ``bins`` bins of about equally many values, the lowest first; equal values lie in one."""
-    values = np.asarray(values, float)
-    if not len(values):
-        return []
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)))
-    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(len(edges) - 2, 0))
-    return [np.flatnonzero(places == place) for place in np.unique(places)]
+    places = places_of(values)
+    share = middle_ranks(places, np.ones(len(places))) / max(len(places), 1)
+    bin_of_value = np.floor(share * bins).astype(int)
+    return [np.flatnonzero(bin_of_value[places] == place) for place in np.unique(bin_of_value)]
 
 
 def score_histogram(chosen: Floats, rejected: Floats, bins: int = SCORE_BINS) -> dict[str, list[float]]:

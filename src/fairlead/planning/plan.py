@@ -30,6 +30,10 @@ from fairlead.planning.tree import Node, tree
 from fairlead.types import Algorithm, TokenBatch
 
 META = torch.device("meta")
+LARGEST_PASS = 65536
+"""Tokens of one forward pass beyond which nothing becomes faster."""
+FILLED = 0.8
+"""The share of free memory that is planned for."""
 SAMPLE_TOKENS = 64
 """New tokens of a sample where the algorithm samples nothing itself."""
 
@@ -90,6 +94,8 @@ class Plan:
     """Why the working memory is not known."""
     free: int
     size: int
+    micro_batch_tokens: int
+    """Those of the recipe, or what was found to fit."""
 
     @property
     def held(self) -> int:
@@ -127,6 +133,9 @@ def plan_run(
     """The plan of a recipe. ``given`` is a model handed in through Python; ``tokenizer``, where there is one already,
     says how far the embeddings grow. Raises ModelError and ConfigError as training would."""
     device = pick_device(recipe.model.device)
+    if recipe.train.micro_batch_tokens == "auto":
+        known = {"given": given, "tokenizer": tokenizer}
+        recipe = with_budget(recipe, fitting_tokens(recipe, algorithm, build_models, **known))
     base = meta_base(recipe.model, device, given=given, tokenizer=tokenizer)
     with META:
         models = build_models(recipe, algorithm, base, device)
@@ -160,7 +169,26 @@ def plan_run(
         untraced=untraced,
         free=free,
         size=size,
+        micro_batch_tokens=recipe.train.tokens_or_default,
     )
+
+
+def fitting_tokens(recipe: Recipe, algorithm: Algorithm[Any], build_models: BuildModels, **known: Any) -> int:
+    """Tokens of the largest forward pass that leaves a fifth of the free memory free, on the line through the plans of
+    two sizes; at least one row, at most LARGEST_PASS."""
+    row = min(recipe.data.max_length, LARGEST_PASS)
+    one, two = (plan_run(with_budget(recipe, size), algorithm, build_models, **known) for size in (row, 2 * row))
+    if one.step is None or two.step is None:
+        return recipe.train.tokens_or_default
+    rows = (one.step.tokens, two.step.tokens)
+    slope = (two.step.bytes - one.step.bytes) / max(1, rows[1] - rows[0])
+    fixed = one.held + memory.total(one.parts)["gradients"] + one.step.bytes - slope * rows[0]
+    fits = (FILLED * one.free - fixed) / slope if slope > 0 else LARGEST_PASS
+    return max(row, min(LARGEST_PASS, int(fits)) // row * row)
+
+
+def with_budget(recipe: Recipe, tokens: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_tokens": tokens})})
 
 
 # --- models without weights ----------------------------------------------------------------------------------------
@@ -252,7 +280,7 @@ def _step(recipe: Recipe, algorithm: Algorithm[Any], models: Models) -> Step:
 
 def _batch(recipe: Recipe, models: Models) -> TokenBatch:
     """As full as the budget allows: texts of max_length, side by side where rows are packed."""
-    budget = recipe.train.micro_batch_tokens
+    budget = recipe.train.tokens_or_default
     length = min(recipe.data.max_length, budget, _positions(models))
     packed = recipe.data.packing != "none" and models.forest
     return token_batch([Tree((), ((0,) * length,))] * max(1, budget // length), packed=packed, pad_id=0)
@@ -267,7 +295,7 @@ def _decoding(recipe: Recipe, models: Models) -> Decoding:
     rows = getattr(settings, "rollout_rows", recipe.train.num_samples)
     new = getattr(settings, "max_new_tokens", SAMPLE_TOKENS)
     longest = recipe.data.max_prompt_length or recipe.data.max_length - getattr(settings, "max_new_tokens", 1)
-    prompt = min(longest, _positions(models) - new)
+    prompt = max(1, min(longest, _positions(models) - new))
     cache = memory.cache_bytes(models.causal.config, rows=rows, length=prompt + new, dtype=models.causal.dtype)
     return Decoding(rows, prompt + new, cache, trace.decoding_peak(models, rows, prompt) if rows else 0)
 

@@ -26,6 +26,8 @@ def summary(plan: Plan) -> list[str]:
         f"memory: {size(plan.held)} held, {size(plan.worst)} at the worst moment; "
         f"{size(plan.free)} of {size(plan.size)} are free on {plan.device}",
     ]
+    if plan.micro_batch_tokens and plan.step is not None:
+        found[-1] += f"; {plan.step.tokens:,} tokens in a forward pass"
     if plan.untraced:
         found.append(f"the working memory of a step is not in this figure: {plan.untraced}")
     if plan.worst > plan.free:
@@ -37,12 +39,17 @@ def summary(plan: Plan) -> list[str]:
     return found
 
 
-def announce(recipe: Recipe, algorithm: Algorithm[Any], build_models: BuildModels, **known: Any) -> list[str]:
-    """The summary for the start of a run. Where no plan can be made, training says why, or does without."""
+def announce(
+    recipe: Recipe, algorithm: Algorithm[Any], build_models: BuildModels, **known: Any
+) -> tuple[list[str], int]:
+    """The summary for the start of a run, and the tokens of a forward pass. Where no plan can be made, training says
+    why, or does without."""
     try:
-        return summary(plan_run(recipe, algorithm, build_models, **known))
+        plan = plan_run(recipe, algorithm, build_models, **known)
     except Exception as error:  # whatever a family does without weights, a plan stops no run
-        return [f"no memory plan: {str(error).splitlines()[0] if str(error) else type(error).__name__}"]
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return [f"no memory plan: {why}"], recipe.train.tokens_or_default
+    return summary(plan), plan.micro_batch_tokens
 
 
 def sections(plan: Plan) -> Iterator[Section]:

@@ -6,7 +6,7 @@ when a run continues in the middle of a round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,8 @@ class Collector:
     seed: int
     rows: int
     """Prompts of one saved chunk: the unit of batch composition."""
-    budget: int
-    """Tokens of one forward pass."""
+    budget: Callable[[], int]
+    """Tokens of one forward pass, now."""
 
     def collect(self, round_number: int, prompts: Sequence[Prompt]) -> tuple[Experience, str]:
         """The round's experience and its hash."""
@@ -103,7 +103,7 @@ class Collector:
     def measure(self, rollouts: Sequence[Rollout], scores: Sequence[float]) -> Experience:
         """Log-probabilities of policy and reference and the values, one forward a trunk."""
         trees = [Tree(rollout.prompt_ids, (rollout.response_ids,)) for rollout in rollouts]
-        tokens = measure_tokens(self.models, trees, temperature=self.sampling.temperature, budget=self.budget)
+        tokens = measure_tokens(self.models, trees, temperature=self.sampling.temperature, budget=self.budget())
         tokens["sampled_logprobs"] = [torch.tensor(rollout.behaviour_logprobs) for rollout in rollouts]
         return Experience(
             trees, tokens, torch.tensor(scores, dtype=torch.float32), torch.tensor([r.finished for r in rollouts])

@@ -23,6 +23,7 @@ from torch import nn
 from fairlead.config import parse_interval
 from fairlead.errors import CheckpointError, Interrupted
 from fairlead.training.optim import Optimizer
+from fairlead.training.patience import better
 from fairlead.types import Progress
 
 FORMAT_VERSION = 1
@@ -172,8 +173,7 @@ def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 class Checkpointer:
     """An observer that saves: by time or steps, at a new best, when asked to stop, and at the end. Stands last.
 
-    ``best`` names the metric to watch. Smaller is better for a name that ends in ``loss`` or ``perplexity`` and for
-    one with a minus in front; else larger is.
+    ``best`` names the metric to watch, in the way of `better`.
     """
 
     def __init__(self, checkpoints: Path, state: RunState, *, every: str | int, keep: int, best: str | None) -> None:
@@ -220,8 +220,7 @@ class Checkpointer:
         value = progress.metrics.get(metric.removeprefix("-"))
         if value is None or value != value:
             return False
-        lower = metric.startswith("-") or metric.endswith(("loss", "perplexity"))
-        if self.best_value is not None and (value >= self.best_value if lower else value <= self.best_value):
+        if self.best_value is not None and not better(metric, value, self.best_value):
             return False
         self.best_step, self.best_value = progress.step, value
         return True

@@ -16,6 +16,7 @@ import torch
 from fairlead.errors import TrainingError
 from fairlead.models.roles import Models
 from fairlead.ops.sampling import stream_key
+from fairlead.training.budget import TokenBudget, is_out_of_memory
 from fairlead.training.optim import Optimizer
 from fairlead.training.precision import LossScale
 from fairlead.types import Mean, Metrics, Observer, Outputs, Pass, Progress, Source, TokenBatch
@@ -47,11 +48,14 @@ def run(
     seed: int,
     measure: Callable[[int], dict[str, float]],
     scale: LossScale | None = None,
+    budget: TokenBudget | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train from where ``source`` and ``clock`` stand to the source's end.
 
     ``measure`` is asked at step 0 and after every step for held-out metrics; it returns none where none are due. With
-    ``scale`` a step whose gradients overflow is skipped; without, it is an error.
+    ``scale`` a step whose gradients overflow is skipped; without, it is an error. A step for which memory runs out is
+    done again with half the ``budget``. ``stop`` is asked before each step.
     """
     started = time.monotonic() - clock.seconds
 
@@ -63,11 +67,15 @@ def run(
 
     if clock.step == 0 and (before := measure(0)):
         tell(before)
-    for micro_batches in source:
+    for micro_batches in () if stop() else source:
         clock.step += 1
-        torch.manual_seed(stream_key(seed, "dropout", clock.step))
         factor = 1.0 if scale is None else scale.value
-        metrics = backward(models, passes, micro_batches, step=clock.step, loss_scale=factor)
+
+        def accumulate(micro_batches: Sequence[TokenBatch], factor: float = factor) -> dict[str, float]:
+            torch.manual_seed(stream_key(seed, "dropout", clock.step))
+            return backward(models, passes, micro_batches, step=clock.step, loss_scale=factor)
+
+        metrics = _within_memory(accumulate, micro_batches, source, optimizer, budget, clock.step)
         norm = optimizer.clip(factor)
         finite = bool(torch.isfinite(norm))
         if not finite and factor <= 1:
@@ -82,6 +90,39 @@ def run(
         clock.tokens += sum(batch.num_tokens for batch in micro_batches)
         metrics |= {**({"grad_norm": float(norm)} if finite else {}), **source.take_metrics()}
         tell(metrics | measure(clock.step))
+        if stop():
+            break
+
+
+def _within_memory(
+    accumulate: Callable[[Sequence[TokenBatch]], dict[str, float]],
+    micro_batches: Sequence[TokenBatch],
+    source: Source,
+    optimizer: Optimizer,
+    budget: TokenBudget | None,
+    step: int,
+) -> dict[str, float]:
+    """The step's gradients, in smaller micro-batches where memory runs out. Raises TrainingError where the smallest
+    does not fit."""
+    while True:
+        try:
+            return accumulate(micro_batches)
+        except Exception as error:
+            if budget is None or not is_out_of_memory(error):
+                raise
+            said, largest = str(error).splitlines()[0], max(batch.num_tokens for batch in micro_batches)
+        optimizer.skip()  # what the step had gathered
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        fewer = list(micro_batches)
+        while len(fewer) == len(micro_batches) and budget.halve(step):
+            fewer = source.remake()
+        if len(fewer) == len(micro_batches):
+            raise TrainingError(
+                f"step {step}: memory ran out in a forward pass of {largest:,} tokens, which cannot be cut: {said}",
+                hint="model.gradient_checkpointing=true, model.adapter=lora, or a shorter data.max_length",
+            )
+        micro_batches = fewer
 
 
 def backward(

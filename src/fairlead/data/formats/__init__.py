@@ -31,6 +31,7 @@ from fairlead.data.formats.preferences import (
     pair,
     parse_judgement,
     parse_ranking,
+    ranked_answers,
 )
 from fairlead.data.formats.text import is_labelled, parse_sentiment, parse_text
 from fairlead.data.formats.transcripts import is_transcript, parse_transcript
@@ -49,6 +50,7 @@ __all__ = [
     "best_fit",
     "find_format",
     "missing_field",
+    "ranked_answers",
     "recognise",
     "unknown",
 ]

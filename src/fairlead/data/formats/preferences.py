@@ -127,7 +127,7 @@ def parse_ranking(row: Row, notes: Notes) -> Parsed:
             raise wrong(row, key, f"a list of {len(answers)} numbers, one for each of {name}", scores)
     else:
         scores = [item.get(first(item, _ITEM_SCORE)) if isinstance(item, Mapping) else None for item in answers]
-    texts = [_item_text(row, name, item) for item in answers]
+    texts = ranked_answers(row)
     is_scored = any(score is not None for score in scores)
     ranked: list[tuple[float, str]] = []
     for text, score in zip(texts, scores, strict=True):
@@ -142,6 +142,12 @@ def parse_ranking(row: Row, notes: Notes) -> Parsed:
         return "fewer than two answers"
     ranked.sort(key=lambda item: -item[0])  # stable: equal scores stay in the row's order
     return Ranking(prompt, tuple(text for _, text in ranked), tuple(s for s, _ in ranked) if is_scored else None)
+
+
+def ranked_answers(row: Row) -> list[str]:
+    """Every answer of a ranking, in the row's order."""
+    name = first(row.data, ANSWERS)
+    return [_item_text(row, name, item) for item in row.data[name]]
 
 
 def _item_text(row: Row, name: str, item: Any) -> str:
