@@ -60,7 +60,7 @@ def main() -> None:
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
     rows = bench.transcripts(data)
-    texts = [row["prompt"] + row["chosen"] for row in rows]
+    texts = [row["chosen"] for row in rows]
     cases: list[dict[str, Any]] = []
     with bench.scratch() as folder:
         for size in settings.sizes:

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of S; of M half as many")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
-    texts = [row["prompt"] + row["chosen"] for row in bench.transcripts(data)]
+    texts = [row["chosen"] for row in bench.transcripts(data)]
     cases: list[dict[str, Any]] = []
     with bench.scratch() as folder:
         for size in settings.sizes:

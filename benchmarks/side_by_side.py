@@ -34,6 +34,7 @@ SIZES = {
 VOCABULARY = {"S": 8192, "M": 32000}
 LENGTH = 512
 """Longest row in tokens."""
+TEMPLATE = "hh"
 TOLERANCE = 1e-3
 """Both sides' losses may differ by this share of the peer's, at every step."""
 MEGABATCH = 50
@@ -77,19 +78,12 @@ def save_model(folder: Path, size: str, texts: Sequence[str]) -> Any:
 
 
 def transcripts(data: Path) -> list[dict[str, str]]:
-    """HH's pairs as text: the prompt ends in "Assistant:", the responses follow it."""
-    pairs: list[dict[str, str]] = []
+    """HH's rows: two transcripts each, chosen and rejected."""
+    rows: list[dict[str, str]] = []
     for file in sorted((data / "hh-rlhf").rglob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                before, opening, chosen = row["chosen"].rpartition("\n\nAssistant:")
-                prompt = before + opening
-                rejected = row["rejected"].removeprefix(prompt)
-                same = rejected == row["rejected"] or chosen == rejected
-                if opening and not same and chosen.strip() and rejected.strip():
-                    pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pairs
+            rows += [json.loads(line) for line in lines]
+    return rows
 
 
 def books(data: Path) -> list[str]:
@@ -99,26 +93,39 @@ def books(data: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair of transcripts with its ids, as both sides have to see them, and its longer side's tokens."""
+    """A row of HH for us, the same as text for the peer, and the ids that both have to see."""
 
     row: dict[str, str]
+    text: dict[str, str]
     ids: dict[str, list[int]]
 
     @property
     def length(self) -> int:
+        """Tokens of the longer side."""
         return len(self.ids["prompt_ids"]) + max(len(self.ids["chosen_ids"]), len(self.ids["rejected_ids"]))
 
 
 def whole_pairs(rows: Sequence[dict[str, str]], tokenizer: Any) -> list[Pair]:
-    """The pairs that neither side cuts, whose ids are the same tokenised whole or piece by piece."""
-    end = tokenizer.eos_token_id
+    """The pairs that neither side drops or cuts, and whose ids both agree on: our template's text, tokenised whole."""
+    from fairlead.data.records import parse_row
+    from fairlead.data.render import Renderer
+    from fairlead.data.sources import Row
+    from fairlead.types import Preference
+
+    renderer = Renderer(tokenizer, template=TEMPLATE, max_length=1 << 20)
     pairs: list[Pair] = []
-    for row in rows:
-        prompt, chosen, rejected = (tokenizer(row[name]).input_ids for name in ("prompt", "chosen", "rejected"))
-        ids = {"prompt_ids": prompt, "chosen_ids": [*chosen, end], "rejected_ids": [*rejected, end]}
-        whole = [[*tokenizer(row["prompt"] + row[name]).input_ids, end] for name in ("chosen", "rejected")]
-        pair = Pair(row, ids)
-        if pair.length <= LENGTH and whole == [prompt + ids["chosen_ids"], prompt + ids["rejected_ids"]]:
+    for number, row in enumerate(rows):
+        (record,) = parse_row(Row(row, f"row {number}"), Preference)
+        if isinstance(record, str):
+            continue
+        tree = renderer.trees([record])[0][0]
+        parts = {"prompt": tree.prompt, "chosen": tree.responses[0], "rejected": tree.responses[1]}
+        ids = {f"{name}_ids": list(part) for name, part in parts.items()}
+        text = {name: tokenizer.decode(part).removesuffix(tokenizer.eos_token) for name, part in parts.items()}
+        pair = Pair(row, text, ids)
+        sides = [text["prompt"] + text[name] + tokenizer.eos_token for name in ("chosen", "rejected")]
+        apart = [[*ids["prompt_ids"], *ids[f"{name}_ids"]] for name in ("chosen", "rejected")]
+        if pair.length <= LENGTH and [tokenizer(side).input_ids for side in sides] == apart:
             pairs.append(pair)
     return pairs
 
@@ -166,7 +173,7 @@ def write_pairs(folder: Path, pairs: Sequence[Pair]) -> tuple[str, str]:
     """A file of pairs for us and one for the peer, read in the same order."""
     folder.mkdir(parents=True, exist_ok=True)
     mine = write_rows(folder / "ours.jsonl", so_that_read([pair.row for pair in pairs]))
-    return mine, write_rows(folder / "peer.jsonl", [pair.row for pair in pairs])
+    return mine, write_rows(folder / "peer.jsonl", [pair.text for pair in pairs])
 
 
 # --- one run of one side -------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def recipe(algorithm: str, model: Path, path: str, **sections: Mapping[str, Any]
         "algorithm": algorithm,
         "seed": 0,
         "model": {"path": str(model)},
-        "data": {"path": path, "template": "plain", "max_length": LENGTH, "cache": "none"},
+        "data": {"path": path, "template": TEMPLATE, "max_length": LENGTH, "cache": "none"},
         "optim": {"betas": [0.9, 0.999], "schedule": "constant"},
         "train": {"num_samples": 0},
         "tracking": {"console": False},

@@ -101,7 +101,8 @@ def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: 
     """The roles of a run on its base; of a base on the meta device too, for its plan on ``device``."""
     settings, section = recipe.settings, recipe.model
     roles = tuple(algorithm.roles(settings))
-    copied = "reference" in roles and not algorithm.reference_first
+    reference = algorithm.reference(settings)
+    copied = "reference" in roles and reference != "first"
     if section.roles == "shared" and copied and not (section.adapter or section.num_layers_unfrozen):
         raise ConfigError(
             "model.roles=shared, but a policy whose weights are all trained leaves no base to share with its reference",
@@ -120,7 +121,7 @@ def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: 
         num_layers_unfrozen=section.num_layers_unfrozen,
         reward=reward,
         separate=section.roles == "separate",
-        reference_first=algorithm.reference_first,
+        reference=reference,
         compared=algorithm.compares,
         gradient_checkpointing=section.gradient_checkpointing,
         offload_activations=section.offload_activations,

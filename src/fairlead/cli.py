@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -327,6 +328,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.getcwd() not in sys.path:  # `module:function` names a file that stands here; a console script does not look
         sys.path.append(os.getcwd())
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it would fetch from a hub
     try:
         app()
     except FairleadError as error:

@@ -163,7 +163,7 @@ def _train(
     scale = LossScale() if autocast_of(recipe.model, models.device) == torch.float16 else None
     if scale is not None:
         parts["loss_scale"] = scale
-    state = RunState(models.trainable, optimizer, parts)
+    state = RunState(models.state(), optimizer, parts)
     checkpointer = Checkpointer(
         directory.checkpoints, state, every=recipe.train.save_every, keep=recipe.train.keep_checkpoints, best=best
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Generic, NotRequired, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Generic, Literal, NotRequired, Protocol, Self, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -296,8 +296,12 @@ class Term:
     weight: float = 1.0
 
 
-Call = Callable[[TokenBatch, frozenset[str]], Outputs]
-"""A forward without gradients of the role of a pass."""
+class Call(Protocol):
+    def __call__(self, batch: TokenBatch, needs: frozenset[str], /, *, role: str | None = None) -> Outputs:
+        """A forward without gradients, of the role of the pass or another."""
+        ...
+
+
 Prepare = Callable[[Call, Sequence[Any]], Sequence[Any]]
 """The micro-batches of a step, with ``statistics`` filled in."""
 
@@ -412,6 +416,9 @@ class Sink(Protocol):
 
 
 C = TypeVar("C")
+ReferenceUse = Literal["live", "first", "moving"]
+"""live: at any time, and it never changes; first: before the first step alone, so the model as it was loaded serves and
+no copy is kept; moving: at any time, and it follows the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,5 +442,5 @@ class Algorithm(Generic[C]):
     """The held-out metric that says which checkpoint is best; losses and perplexities are better when smaller."""
     compares: bool = True
     """Roles are compared with one another, so dropout is off in all of them."""
-    reference_first: bool = False
-    """The reference is asked before the first step alone: the model as it was loaded serves, and no copy is kept."""
+    reference: Callable[[C], ReferenceUse] = lambda _: "live"
+    """When the reference is asked."""

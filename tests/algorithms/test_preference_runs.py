@@ -4,12 +4,14 @@ disk."""
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.end_to_end.rows import LABELLED, PAIRS, ROWS, SCRATCH, settings
 from tests.tiny import gradients, models, relative_error, scatter
 
@@ -234,3 +236,47 @@ def test_dft_pulls_less_at_unlikely_tokens() -> None:
     sft.dft(Outputs(logprobs=logprobs), batch)[0].backward()
     assert logprobs.grad is not None
     assert logprobs.grad[batch.loss_mask].tolist() == pytest.approx([-0.9, -0.1])
+
+
+# --- a reference that moves ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_a_moving_reference_is_the_policy_after_each_move_and_survives_a_stop(
+    mix: float, lora: bool, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"dpo.sync_every": 2, "dpo.sync_mix": mix, "train.steps": 5, "train.save_every": 1}
+    more |= {"train.keep_checkpoints": 9, "data.template": "auto"}
+    base = fairlead.train({"algorithm": "pretrain"}, settings("pretrain", tmp_path, **{"model.scratch": SCRATCH}),
+                          data=ROWS["pretrain"]).path  # fmt: skip
+    more |= {"model.path": str(base), **({"model.adapter": {"rank": 2}} if lora else {})}
+
+    def run() -> Path:
+        return fairlead.train({"algorithm": "dpo"}, settings("dpo", tmp_path, **more), data=ROWS["dpo"]).path
+
+    if lora and mix < 1:
+        with pytest.raises(ConfigError, match="is not the mix of their products"):
+            run()
+        return
+    path = run()
+    states = [load_file(path / "checkpoints" / f"step-{step:06d}" / "model.safetensors") for step in (1, 2, 3, 4, 5)]
+    moved = [name for name in states[0] if name.startswith("reference: ")]
+    assert moved
+    for name in moved:
+        own = name.removeprefix("reference: ")
+        own = next(key for key in states[0] if key.endswith(own) and key != name)
+        start = states[0][name]
+        assert torch.equal(states[1][name], start)
+        wanted = start.lerp(states[1][own], mix)  # before step 3, the policy is what step 2 made of it
+        torch.testing.assert_close(states[2][name], wanted, rtol=0, atol=1e-7)
+        torch.testing.assert_close(states[4][name], wanted.lerp(states[3][own], mix), rtol=0, atol=1e-7)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert abs(rows[2]["logps/chosen_change"]) > 1e-6
+    if mix == 1:
+        assert rows[3]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # of step 3, just after the move
+    whole = (path / "checkpoints" / "step-000005" / "model.safetensors").read_bytes()
+    (path / "summary.json").unlink()
+    for step in (3, 4, 5):
+        shutil.rmtree(path / "checkpoints" / f"step-{step:06d}")
+    assert (run() / "checkpoints" / "step-000005" / "model.safetensors").read_bytes() == whole

@@ -169,7 +169,7 @@ def test_a_continued_policy_has_the_adapter_it_started_from_as_its_reference(sav
 
 @pytest.mark.parametrize("number", [None, 1])
 def test_a_reference_that_is_asked_before_training_alone_needs_no_copy_and_is_refused_later(number: int | None) -> None:
-    made = Models(base(), ("policy", "reference"), reference_first=True, num_layers_unfrozen=number)
+    made = Models(base(), ("policy", "reference"), reference="first", num_layers_unfrozen=number)
     assert made.reference is None
     torch.testing.assert_close(_outputs(made, "reference"), _outputs(made, "policy"), atol=0, rtol=0)
     _step(made, "policy")

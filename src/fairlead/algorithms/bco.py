@@ -67,5 +67,5 @@ ALGORITHM = Algorithm(
     source=source,
     evaluation=evaluation,
     headline=("loss", "rewards/accuracies", "rewards/shift"),
-    reference_first=True,
+    reference=lambda _: "first",
 )

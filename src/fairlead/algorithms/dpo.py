@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairlead.algorithms.losses import LOSSES, MIXED, settings_of
-from fairlead.algorithms.reference import reference_logprobs
+from fairlead.algorithms.reference import MovingSource, reference_logprobs
 from fairlead.algorithms.responses import (
     LengthSettings,
     chosen_nll,
@@ -29,6 +29,7 @@ from fairlead.algorithms.stage import Stage
 from fairlead.config_file import suggest
 from fairlead.data.loader import DatasetSource
 from fairlead.data.pack import preference_batch
+from fairlead.errors import ConfigError
 from fairlead.ops.preference import Divergence, divergence_score
 from fairlead.types import Algorithm, Call, Metrics, Outputs, Pass, Preference, PreferenceBatch, Term
 
@@ -52,6 +53,11 @@ class Settings(LengthSettings):
     weighting: Literal["none", "wpo"] = "none"
     """wpo: a pair counts by how likely the policy is to have written it (WPO, Zhou et al. 2024)."""
     discopop_tau: float = Field(default=0.05, gt=0)
+    sync_every: int | None = Field(default=None, ge=1)
+    """Steps after which the reference is moved to the policy (TR-DPO, Gorbatovski et al. 2024); null: it never moves.
+    Costs a forward of the reference at every step."""
+    sync_mix: float = Field(default=1.0, gt=0, le=1)
+    """The policy's share in the moved reference; with adapters 1."""
     measure: tuple[Literal["entropy", "logits"], ...] = ()
     """More that is logged: entropy and mean logits a token; each costs time."""
 
@@ -129,7 +135,14 @@ _NEEDS = frozenset({"logprobs"})
 
 
 def prepare(call: Call, batches: Sequence[PreferenceBatch], *, settings: Settings) -> list[PreferenceBatch]:
-    """Fills in the statistics of the losses that couple the pairs of a step."""
+    """Fills in the log-probabilities of a reference that moves, and the statistics of the losses that couple the pairs
+    of a step."""
+    if settings.sync_every is not None:
+        batches = [
+            replace(batch, reference_logprobs=call(batch, _NEEDS, role="reference").logprobs.cpu()) for batch in batches
+        ]
+    if not _couples(settings):
+        return list(batches)
     ratios = [rewards(Outputs(logprobs=call(batch, _NEEDS).logprobs.cpu()), batch, settings) for batch in batches]
     fixed = [response_sums(_reference(batch), batch, settings) for batch in batches]
     pairs = [int(batch.counts["pair"]) for batch in batches]
@@ -150,6 +163,10 @@ def prepare(call: Call, batches: Sequence[PreferenceBatch], *, settings: Setting
     return [replace(batch, statistics=each) for batch, each in zip(batches, found, strict=True)]
 
 
+def _couples(settings: Settings) -> bool:
+    return any(name in LOSSES and LOSSES[name].prepare is not None for name in settings.weights)
+
+
 def _reference(batch: PreferenceBatch) -> Tensor:
     assert batch.reference_logprobs is not None
     return batch.reference_logprobs
@@ -166,19 +183,28 @@ def passes(settings: Settings) -> tuple[Pass, ...]:
             terms.append(Term(name, "pair", fn, weight))
     needs = {"logprobs", *({"collision"} if settings.weighting == "wpo" else ())}
     needs |= {{"entropy": "entropy", "logits": "mean_logit"}[name] for name in settings.measure}
-    couples = any(name in LOSSES and LOSSES[name].prepare is not None for name in settings.weights)
+    prepares = settings.sync_every is not None or _couples(settings)
     return (
         Pass(
             "policy",
             tuple(terms),
             frozenset(needs),
-            prepare=partial(prepare, settings=settings) if couples else None,
+            prepare=partial(prepare, settings=settings) if prepares else None,
         ),
     )
 
 
-def source(stage: Stage) -> DatasetSource:
-    return _source(stage, stage.records, "train")
+def source(stage: Stage) -> DatasetSource | MovingSource:
+    settings: Settings = stage.settings
+    made = _source(stage, stage.records, "train")
+    if settings.sync_every is None:
+        return made
+    if stage.models.is_peft and settings.sync_mix < 1:
+        raise ConfigError(
+            f"dpo.sync_mix={settings.sync_mix}: the product of two mixed adapters is not the mix of their products",
+            hint="dpo.sync_mix=1, or train all weights",
+        )
+    return MovingSource(made, stage.models, settings.sync_every, settings.sync_mix)
 
 
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
@@ -188,7 +214,7 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
 def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetSource:
     trees, kept = stage.trees(records, split)
     margins = [records[i].margin if stage.settings.margin_coef else None for i in kept]
-    reference = reference_logprobs(stage, trees)
+    reference = None if stage.settings.sync_every else reference_logprobs(stage, trees)
     return stage.dataset_source(
         [tree.num_tokens for tree in trees],
         lambda chosen: preference_batch(
@@ -196,7 +222,7 @@ def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetS
             packed=stage.packed,
             pad_id=stage.pad_id,
             margins=[margins[i] for i in chosen],
-            reference_logprobs=[values for i in chosen for values in reference[i]],
+            reference_logprobs=None if reference is None else [row for i in chosen for row in reference[i]],
         ),
     )
 
@@ -210,5 +236,5 @@ ALGORITHM = Algorithm(
     source=source,
     evaluation=evaluation,
     headline=("loss", "rewards/accuracies", "rewards/margins"),
-    reference_first=True,
+    reference=lambda settings: "first" if settings.sync_every is None else "moving",
 )

@@ -78,5 +78,5 @@ ALGORITHM = Algorithm(
     source=source,
     evaluation=evaluation,
     headline=("loss", "rewards/accuracies", "kl"),
-    reference_first=True,
+    reference=lambda _: "first",
 )

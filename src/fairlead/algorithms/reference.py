@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fairlead.algorithms.stage import Stage
+from fairlead.data.loader import DatasetSource
 from fairlead.data.pack import by_response, token_batch
 from fairlead.data.render import Tree
 from fairlead.data.sources import atomic_write
@@ -82,6 +83,33 @@ def measure(models: Models, batches: Iterator[TokenBatch], trees: Sequence[Tree]
 
 
 _NEEDS = frozenset({"logprobs"})
+
+
+class MovingSource:
+    """A source that moves the reference to the policy before every step that follows ``every`` others."""
+
+    def __init__(self, source: DatasetSource, models: Models, every: int, mix: float) -> None:
+        self._source, self._models, self._every, self._mix = source, models, every, mix
+        self.num_steps = source.num_steps
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]:
+        for micro_batches in self._source:
+            done = self._source.state_dict()["step"] - 1
+            if done and done % self._every == 0:
+                self._models.move_reference(self._mix)
+            yield micro_batches
+
+    def remake(self) -> list[TokenBatch]:
+        return self._source.remake()
+
+    def take_metrics(self) -> dict[str, float]:
+        return self._source.take_metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._source.load_state_dict(state)
 
 
 # --- what they depend on -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fairlead.demo.site import write_dump
 from fairlead.errors import RunError
 
 NUM_QUESTIONS = 8000
-MODELS = ("sft", "ppo", "dpo", "ppo_no_kl")
+MODELS = ("sft", "ppo", "dpo", "kto", "ppo_no_kl")
 METRICS = ("gold", "score", "kl", "length", "distinct_2", "win_rate")
 
 
@@ -23,7 +23,7 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
     print(
         "The whole chain, offline: a question-and-answer site of an invented world is written, a small model learns\n"
-        "to answer on it, and PPO and DPO align it to the site's votes. The world knows the true quality (gold) of\n"
+        "to answer on it, and PPO, DPO and KTO align it to the site's votes. The world knows the true quality (gold) of\n"
         "any answer; training sees votes only.",
         file=sys.stderr,
     )

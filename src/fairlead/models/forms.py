@@ -15,6 +15,7 @@ from fairlead.config import AdapterSection
 from fairlead.errors import ConfigError, ModelError
 from fairlead.models.adapters import Adapter, StartAdapter, add_adapters, decoder_layers, targets, train_also
 from fairlead.models.load import Base, read_meta
+from fairlead.types import ReferenceUse
 
 ValueTrunk = Literal["shared", "detached", "adapter", "layers", "model"]
 T = TypeVar("T")
@@ -25,8 +26,8 @@ class Forms:
     """How the roles of a run share weights.
 
     The reference is a frozen copy where all weights are trained, or ``separate``; what is never trained is not copied
-    unless ``separate``, and nothing where it is asked ``reference_first``. Else it is the adapter the policy started
-    from, frozen, or the base with adapters off.
+    unless ``separate``, and nothing where the reference is asked first alone. Else it is the adapter the policy started
+    from, frozen, or the base with adapters off; one that moves is an adapter of its own that begins as the policy's.
     """
 
     adapter: AdapterSection | None = None
@@ -44,8 +45,7 @@ class Forms:
     """A saved adapter with its head, frozen: the role ``reward`` beside the others."""
     separate: bool = False
     """The reference is a whole copy, even where an adapter could be switched off instead."""
-    reference_first: bool = False
-    """The reference is asked before training alone, when it is still the policy."""
+    reference: ReferenceUse = "live"
 
     def refuse(self, roles: Iterable[str]) -> None:
         """Raises ModelError for forms that do not go together."""
@@ -86,13 +86,15 @@ def build(base: Base, roles: tuple[str, ...], main: str, forms: Forms, *, dtype:
         _choose_trained(model, forms.num_layers_unfrozen, has_logprobs="policy" in roles)
     reference = value = None
     frozen = None if own is None or own.start is None else replace(own, trained=False)
-    if "reference" in roles and (forms.separate or (own is None and not forms.reference_first)):
+    if "reference" in roles and (forms.separate or (own is None and forms.reference != "first")):
         fixed = () if forms.separate else [p for p in model.parameters() if not p.requires_grad]
         reference = _copy(model, shared=fixed).requires_grad_(False)
         if frozen is not None:
             reference = add_adapters(reference, {"reference": frozen}, dtype)
     elif "reference" in roles and frozen is not None:
         adapters["reference"] = frozen
+    elif "reference" in roles and forms.adapter is not None and forms.reference == "moving":
+        adapters["reference"] = Adapter(forms.adapter, trained=False)
     if "value" in roles and forms.value_trunk in ("adapter", "layers", "model"):
         start = replace(judge, trained=True) if judge is not None and forms.value_start == "reward" else own
         if forms.value_trunk == "adapter":
@@ -124,7 +126,7 @@ def describe(networks: Networks, base: Base, forms: Forms, roles: Iterable[str])
             form = f"a frozen copy of the last {forms.num_layers_unfrozen} layers over the shared trunk"
         else:
             form = "a frozen copy of all weights"
-        found.append(f"reference: {form}")
+        found.append(f"reference: {form}" + ("; it follows the policy" if forms.reference == "moving" else ""))
     if forms.reward is not None:
         found.append(f"reward: on the policy's base, {_frozen_words(forms.reward, base)}")
     return tuple(found)

@@ -22,7 +22,7 @@ from fairlead.models.heads import ScalarHead, trunk_width
 from fairlead.models.lm_head import head_logprobs, head_statistics
 from fairlead.models.load import Base
 from fairlead.models.offload import offloaded
-from fairlead.types import Outputs, TokenBatch
+from fairlead.types import Outputs, ReferenceUse, TokenBatch
 
 
 class Models(nn.Module):
@@ -31,7 +31,7 @@ class Models(nn.Module):
     Args:
         base: the loaded model, and the adapter to continue where it was saved as one.
         roles: of policy, reference, reward, value. The policy is the one trained, or the reward where there is none.
-        adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, reward, separate, reference_first:
+        adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, reward, separate, reference:
             see `Forms`; with ``reward`` its role is added to the others.
         compared: the roles' outputs are compared with one another, so dropout is off everywhere.
 
@@ -51,7 +51,7 @@ class Models(nn.Module):
         value_start: Literal["policy", "reward"] = "policy",
         reward: StartAdapter | None = None,
         separate: bool = False,
-        reference_first: bool = False,
+        reference: ReferenceUse = "live",
         compared: bool = True,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
@@ -68,7 +68,7 @@ class Models(nn.Module):
             value_start,
             reward,
             separate,
-            reference_first,
+            reference,
         )
         form.refuse(roles)
         self.main = "policy" if "policy" in roles else "reward"
@@ -97,8 +97,30 @@ class Models(nn.Module):
         if roles and not self.trainable:
             raise ModelError("no parameter is trainable", hint="check model.adapter, and what the given model froze")
         self._trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        self.moving = self._moving() if "reference" in roles and reference == "moving" else {}
+        """What of the reference follows the policy, by name: its weight, and the policy's."""
         self._start = self._writes() if "reference" in roles and not (self.is_peft or self.reference) else None
         self.train()
+
+    def _moving(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        place, adapter = self._of["reference"]
+        network = self.network if adapter is not None else self.reference or place
+        there = dict(network.named_parameters())
+        return {
+            name: (there[name.replace(f".{self.main}.", ".reference.") if self.is_peft else name], own)
+            for name, own in self.network.named_parameters()
+            if own.requires_grad
+        }
+
+    @torch.no_grad()
+    def move_reference(self, mix: float) -> None:
+        """reference <- (1 - mix) reference + mix policy."""
+        for theirs, own in self.moving.values():
+            theirs.lerp_(own.to(theirs.dtype), mix)
+
+    def state(self) -> dict[str, nn.Parameter]:
+        """All that changes in a run, by name: what is trained, and what follows it."""
+        return self.trainable | {f"reference: {name}": theirs for name, (theirs, _) in self.moving.items()}
 
     def _place(self, role: str, made: forms.Networks) -> tuple[Any, str | None]:
         """The causal language model of a role, and its adapter on it."""
@@ -150,9 +172,7 @@ class Models(nn.Module):
         if role not in self.roles:
             raise ModelError(f"this run has no role {role!r}; it has {', '.join(self.roles)}")
         if role == "reference" and self._start not in (None, self._writes()):
-            raise ModelError(
-                "the policy has been trained and is no longer its own reference: Algorithm.reference_first"
-            )
+            raise ModelError("the policy has been trained and is no longer its own reference: Algorithm.reference")
         before, self._role = self._role, role
         self._activate(role)
         try:

@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 
 from fairlead.errors import RunError
 from fairlead.report import views, words
-from fairlead.report.charts import duration, interval, number, signed
+from fairlead.report.numbers import duration, interval, number, signed
 from fairlead.report.read import Run, as_text, compare, read_runs
+from fairlead.report.reward import reward_view
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str | None = None, before: str | None = None) -> Path:
@@ -66,6 +67,7 @@ def _page(runs: list[Run], title: str, before: str | None) -> dict[str, Any]:
         "reference": reference,
         "changes": [views.change_view(c, i) for i, c in enumerate(comparisons)],
         "gauges": gauges,
+        "rewards": [view for run in runs if (view := reward_view(run))],
         "runs": [views.run_view(run, i, max_points) for i, run in enumerate(runs)],
         "leader": leader[0].name if leader else runs[-1].name,
         "alarms": views.alarms(runs),

@@ -1,12 +1,12 @@
-"""Numbers as a person reads them: as text, and as inline SVG by matplotlib, the same bytes for the same numbers and
-coloured by CSS variables so that one drawing serves light, dark and paper. Knows no run directory."""
+"""Numbers as inline SVG by matplotlib, the same bytes for the same numbers and coloured by CSS variables so that one
+drawing serves light, dark and paper. Knows no run directory."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import StringIO
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
+from fairlead.report.numbers import compact
 from fairlead.report.read import Estimate, finite
 
 Floats = NDArray[np.float64]
@@ -64,7 +65,6 @@ _STYLE: dict[str, Any] = {
     "lines.solid_joinstyle": "round",
 }
 _SIDES = ("chosen", "rejected")
-_MINUS, _DASH = "\u2212", "\u2013"
 _MANY = 60  # points from which a curve has a running mean and no dots
 
 _ROOT = re.compile(r'^.*?<svg[^>]*?(viewBox="[^"]*")[^>]*>\s*<defs>\s*<style.*?</defs>', re.DOTALL)
@@ -93,65 +93,6 @@ class Series:
     @property
     def finite(self) -> list[float]:
         return [v for v in self.values if v is not None]
-
-
-def number(value: object, places: int | None = None) -> str:
-    """At most four significant digits (whole numbers: all), thousands separated; a dash where there is no value."""
-    x = finite(value)
-    if x is None:
-        return _DASH
-    if isinstance(value, int) and abs(x) < 1e15:
-        text = f"{value:,}"
-    elif abs(x) >= 1e9 or (places is None and 0 < abs(x) < 1e-4):
-        text = _scientific(x)
-    else:
-        digits = places_for([x]) if places is None else places
-        text = f"{round(x, digits):z,.{max(digits, 0)}f}"
-        text = text.rstrip("0").rstrip(".") if places is None and digits > 0 else text
-    return text.replace("-", _MINUS)
-
-
-def places_for(values: Iterable[float]) -> int:
-    """Decimals that show three significant digits of the largest value, four from 1,000 on (negative: tens ...)."""
-    largest = max((abs(v) for v in values), default=0.0)
-    if largest == 0.0:
-        return 0
-    exponent = math.floor(math.log10(largest))
-    return min(2 - exponent, 6) if exponent < 3 else 3 - exponent
-
-
-def signed(value: float, places: int | None = None) -> str:
-    return f"+{number(value, places)}" if value > 0 else number(value, places)
-
-
-def interval(e: Estimate | None, places: int | None = None) -> str:
-    """`[low, high]`, or nothing where there is none."""
-    if e is None or e.low is None or e.high is None:
-        return ""
-    digits = max(places_for([e.mean]), 0) if places is None else places
-    return f"[{number(e.low, digits)}, {number(e.high, digits)}]"
-
-
-def duration(seconds: object) -> str:
-    x = finite(seconds)
-    if x is None:
-        return _DASH
-    if x < 60:
-        return f"{number(x)} s"
-    minutes = round(x / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
-def compact(value: float, _: object = None) -> str:
-    """A number in few letters, for the ticks of an axis: 0.25, 20k, 1.5M."""
-    size = abs(value)
-    if size >= 1e9 or 0 < size < 1e-3:
-        text = _scientific(value)
-    elif size >= 1e4:
-        text = f"{value / 1e6:.4g}M" if size >= 1e6 else f"{value / 1e3:.4g}k"
-    else:
-        text = f"{value:.4g}"
-    return text.replace("-", _MINUS)
 
 
 def panels(
@@ -265,6 +206,41 @@ def waterfall(changes: Sequence[float], *, key: str) -> Markup:
         return _svg(figure)
 
 
+def reliability(points: Sequence[tuple[float, Estimate]], *, label: str, key: str) -> Markup:
+    """(confidence, share that is right) of each bin, the larger the dot the more pairs; dashed: perfect calibration."""
+    with _style(key):
+        figure, axes = _axes(4.2, 3.0)
+        most = max((e.n or 1 for _, e in points), default=1)
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        for x, e in points:
+            if e.low is not None and e.high is not None:
+                axes.plot([x, x], [e.low, e.high], color=_SERIES[0], linewidth=2.6, alpha=0.35)
+        axes.plot([x for x, _ in points], [e.mean for _, e in points], color=_SERIES[0], linewidth=0.8)
+        for x, e in points:
+            axes.plot([x], [e.mean], color=_SERIES[0], marker="o", markersize=2.5 + 5 * math.sqrt((e.n or 1) / most))
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(min([0.48, *(e.mean for _, e in points), *(e.low for _, e in points if e.low is not None)]), 1.02)
+        axes.set_xlabel(label)
+        axes.set_ylabel("share that is right")
+        _linear(axes.xaxis, 5)
+        _linear(axes.yaxis, 5)
+        return _svg(figure)
+
+
+def histogram(edges: Sequence[float], sides: Sequence[tuple[str, Sequence[float]]], *, label: str, key: str) -> Markup:
+    """Counts of several sides over the same bins, in the colours of the series in their order."""
+    with _style(key):
+        figure, axes = _axes(4.2, 3.0)
+        for (_, counts), colour in zip(sides, _SERIES, strict=False):
+            axes.stairs(counts, edges, color=colour, fill=True, alpha=0.25, linewidth=0)
+            axes.stairs(counts, edges, color=colour, linewidth=1.2)
+        axes.set_xlabel(label)
+        axes.set_ylabel("responses")
+        _linear(axes.xaxis, 6)
+        _linear(axes.yaxis, 5, integer=True)
+        return _svg(figure)
+
+
 def overoptimisation(
     x: Sequence[float],
     curves: Sequence[tuple[str, Sequence[float]]],
@@ -338,11 +314,6 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(compact))
-
-
-def _scientific(value: float) -> str:
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _short(name: str) -> str:

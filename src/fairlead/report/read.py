@@ -34,8 +34,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run directory. `metrics` has one row a step, ascending; `estimates` are the evaluation's metrics; `missing`
-    and `damage` name files."""
+    """One run directory. `metrics` has one row a step, ascending; `estimates` are the evaluation's metrics, and
+    `reward_quality` its curves and bins where it is a reward model's; `missing` and `damage` name files."""
 
     name: str
     path: Path
@@ -47,6 +47,7 @@ class Run:
     alarms: list[Row]
     evaluation: Row
     estimates: dict[str, Estimate]
+    reward_quality: Row
     responses: list[Row]
     missing: tuple[str, ...]
     damage: tuple[str, ...]
@@ -145,17 +146,18 @@ def read_run(path: Path) -> Run:
     missing: list[str] = []
     damage: list[str] = []
 
-    def text(file: str) -> str | None:
+    def text(file: str, *, is_rare: bool = False) -> str | None:
         try:
             return (path / file).read_bytes().decode("utf-8-sig", errors="replace")
         except FileNotFoundError:
-            missing.append(file)
+            if not is_rare:
+                missing.append(file)
         except OSError as error:
             damage.append(f"{file} cannot be read ({error.strerror})")
         return None
 
-    def mapping(file: str, parse: Callable[[str], object]) -> Row:
-        if (content := text(file)) is None:
+    def mapping(file: str, parse: Callable[[str], object], *, is_rare: bool = False) -> Row:
+        if (content := text(file, is_rare=is_rare)) is None:
             return {}
         try:
             value = parse(content)
@@ -186,6 +188,7 @@ def read_run(path: Path) -> Run:
         alarms=rows("alarms.jsonl"),
         evaluation=evaluation,
         estimates=parse_estimates(evaluation.get("metrics")),
+        reward_quality=mapping("evaluation/reward_quality.json", json.loads, is_rare=True),
         responses=rows("evaluation/responses.jsonl"),
         missing=tuple(missing),
         damage=tuple(damage),

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairlead.report import charts
-from fairlead.report.charts import Series, number, places_for, signed
+from fairlead.report.charts import Series
+from fairlead.report.numbers import number, places_for, signed
 from fairlead.report.read import Comparison, Row, Run, as_mapping, as_text, finite, parse_estimates, score_names
 
 HIGHER_IS_BETTER = ("gold", "score", "win_rate", "accuracy")
 LOWER_IS_BETTER = ("perplexity",)
 _LAST_COLUMNS = ("win_rate", "accuracy", "perplexity", "kl", "length", "distinct_1", "distinct_2")
+_OF_REWARD = "reward/"  # metrics that a reward model alone has stand in its own section
 _MAX_SAMPLES = 12
 _MAX_RANKED = 24
 _CHANGES_OF_A_KIND = 4
@@ -26,7 +28,7 @@ def setting(value: object) -> str:
 
 def columns(runs: list[Run]) -> list[Row]:
     """The metrics of the comparison in reading order; `best` where it is known whether more or less is better."""
-    names = dict.fromkeys(name for run in runs for name in run.estimates)
+    names = dict.fromkeys(name for run in runs for name in run.estimates if not name.startswith(_OF_REWARD))
     extra = [name for name in names if name not in ("gold", "score", *_LAST_COLUMNS)]
     columns: list[Row] = []
     for name in (n for n in ("gold", "score", *extra, *_LAST_COLUMNS) if n in names):
@@ -38,10 +40,11 @@ def columns(runs: list[Run]) -> list[Row]:
 
 
 def setups(runs: list[Run]) -> list[Row]:
-    """The ways in which the runs were evaluated; one where all numbers can be compared."""
+    """The ways in which the runs were evaluated; one where all numbers can be compared. A reward model, measured on
+    pairs, is compared with no policy."""
     setups: dict[str, list[str]] = {}
     for run in runs:
-        if run.estimates:
+        if run.estimates and not run.evaluation.get("pairs"):
             counts = [
                 f"{number(run.evaluation[unit])} {unit}" for unit in ("prompts", "draws") if unit in run.evaluation
             ]

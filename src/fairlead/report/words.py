@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fairlead.report.charts import compact, duration, interval, number, places_for
+from fairlead.report.numbers import compact, duration, interval, number, places_for
 from fairlead.report.read import Comparison, Estimate, Row, Run, as_mapping, finite
 
 

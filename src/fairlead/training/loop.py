@@ -178,11 +178,13 @@ def _prepared(models: Models, passes: Sequence[Pass], micro_batches: Sequence[To
     for each in passes:
         if each.prepare is not None:
 
-            def call(batch: TokenBatch, needs: frozenset[str], temperature: float = each.temperature) -> Outputs:
-                return models(batch.to(models.device), needs, temperature)
+            def call(
+                batch: TokenBatch, needs: frozenset[str], /, *, role: str | None = None, own: Pass = each
+            ) -> Outputs:
+                with models.use(role or own.role):
+                    return models(batch.to(models.device), needs, own.temperature)
 
-            with models.use(each.role):
-                micro_batches = each.prepare(call, micro_batches)
+            micro_batches = each.prepare(call, micro_batches)
     return micro_batches
 
 
