@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head bench-memory peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench-dpo: peers ## time DPO beside TRL (FAIRLEAD_DATA=folder ARGS="--sizes S")
 
 bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="--sizes S")
 	.venv/bin/python benchmarks/head.py $(ARGS)
+
+bench-memory: environment ## peak memory of PPO with four roles on one base (ARGS="--layers 2 --width 64")
+	.venv/bin/python benchmarks/memory.py $(ARGS)
 
 peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
 	@bash scripts/peers

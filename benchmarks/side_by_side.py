@@ -288,7 +288,10 @@ def run_peer(script: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def ours(recipe: dict[str, Any]) -> dict[str, Any]:
     """Our side of one run: the real stage with all that it writes, its source timed."""
-    import fairlead
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import fairlead.runner
     from fairlead.algorithms import find
 
     algorithm, prepared = find(recipe["algorithm"]), list[float]()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.gpu import formulas
 
 PACKAGES = ("fairlead", "torch", "transformers", "peft", "tokenizers", "safetensors", "triton", "flash-attn",

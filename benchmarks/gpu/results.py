@@ -32,20 +32,18 @@ class Case:
         self.figures.append({"metric": metric, "unit": unit, "value": value, **peer})
 
 
-def rates(case: Case, limit: Mapping[str, Any], found: float) -> None:
-    """Operations a second, and their share of what the device can do."""
-    case.add("operations a second", "TFLOP/s", found / 1e12)
-    shares(case, limit, found, SHARES)
+def rates(case: Case, limit: Mapping[str, Any], found: float, of: str = "") -> None:
+    """Operations a second, and their share of what the device can do. ``of`` ends the names."""
+    case.add(f"operations a second{of}", "TFLOP/s", found / 1e12)
+    for key, metric in SHARES.items():
+        if limit[key]:
+            case.add(f"{metric}{of}", "%", 100 * found / limit[key])
 
 
 def bandwidth(case: Case, limit: Mapping[str, Any], found: float) -> None:
     """Bytes a second, and their share of what the device can do."""
     case.add("bytes a second", "TB/s", found / 1e12)
-    shares(case, limit, found, BANDWIDTHS)
-
-
-def shares(case: Case, limit: Mapping[str, Any], found: float, names: Mapping[str, str]) -> None:
-    for key, metric in names.items():
+    for key, metric in BANDWIDTHS.items():
         if limit[key]:
             case.add(metric, "%", 100 * found / limit[key])
 

@@ -7,13 +7,13 @@ is measured.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.gpu import device as machine
 from benchmarks.gpu.formulas import LORA, operations
 from benchmarks.gpu.results import Case, rates
@@ -162,13 +162,14 @@ def train(settings: Mapping[str, Any], size: Size, mode: str, seconds: float, **
     resolved = resolve(settings)
     chosen, algorithm = resolved.recipe, find(resolved.recipe.algorithm)
     torch.backends.cuda.matmul.allow_tf32 = chosen.model.tf32
-    folder = Path(chosen.run.directory) / f"{algorithm.name}-{mode}"
+    Path(chosen.run.directory).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{algorithm.name}-", dir=chosen.run.directory))  # no rollouts of a repeat
     stage, _ = assemble(chosen, algorithm, Given(), folder)
     watch = {"most": size.load.steps} | watch
     while True:
         budget = stage.recipe.train.micro_batch_tokens
         try:
-            return _run(stage, algorithm, folder, size, mode, seconds, watch)
+            return _run(stage, algorithm, size, mode, seconds, watch)
         except torch.OutOfMemoryError:
             if budget // 2 < LEAST:
                 raise
@@ -178,9 +179,7 @@ def train(settings: Mapping[str, Any], size: Size, mode: str, seconds: float, **
         stage.recipe = stage.recipe.model_copy(update={"train": shorter})
 
 
-def _run(
-    stage: Any, algorithm: Any, folder: Path, size: Size, mode: str, seconds: float, watch: Mapping[str, Any]
-) -> Trained:
+def _run(stage: Any, algorithm: Any, size: Size, mode: str, seconds: float, watch: Mapping[str, Any]) -> Trained:
     from fairlead.models.precision import autocast_of
     from fairlead.training.loop import Clock, run
     from fairlead.training.optim import Optimizer

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback

@@ -225,6 +225,27 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 22])
+@pytest.mark.parametrize("form", [{}, {"cap": 2.0}, {"cap": 3.0, "temperature": 0.7, "scale": 1.7}])
+def test_under_a_frozen_head_the_backward_pass_makes_no_logits_and_has_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch, form: dict[str, float], chunk: int
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, targets = inputs(torch.float64)
+    weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def gradient(trained: bool) -> Tensor:
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        values, _ = token_logprobs(leaf, head, targets, bias=bias, **form)
+        with LargestTensor() as backward:
+            (weights * values).sum().backward()
+        assert trained or backward.elements <= hidden.numel()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_the_logits_of_all_rows_never_exist_at_once_forward_or_backward(

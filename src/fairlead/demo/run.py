@@ -23,8 +23,8 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
     print(
         "The whole chain, offline: a question-and-answer site of an invented world is written, a small model learns\n"
-        "to answer on it, and PPO, DPO and KTO align it to the site's votes. The world knows the true quality (gold) of\n"
-        "any answer; training sees votes only.",
+        "to answer on it, and PPO, DPO and KTO align it to the site's votes. The world knows the true quality (gold)\n"
+        "of any answer; training sees votes only.",
         file=sys.stderr,
     )
     dump = out.parent / f"{out.name}-site"

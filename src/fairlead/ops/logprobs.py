@@ -86,8 +86,12 @@ class _TokenLogprobs(torch.autograd.Function):
         rows, kind = hidden.shape[0], _wide(hidden.dtype)
         logprobs, log_total = hidden.new_empty(rows, dtype=kind), hidden.new_empty(rows, dtype=kind)
         entropy = hidden.new_empty(rows if with_entropy else 0, dtype=kind)
+        # Under a frozen head d logprob / d hidden is all that will be asked for, and the softmax is at hand.
+        frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:5]) and not with_entropy
+        pulls = torch.empty_like(hidden) if frozen else None
         for part in _chunks(rows, weight.shape[0]):
             logits = _logits(part, hidden, weight, bias, reduced, up, form)
+            bend = _bend(logits, form) if pulls is not None else None
             chosen = logits.gather(1, targets[part, None])[:, 0]
             if with_entropy:
                 total = logits.logsumexp(1)
@@ -95,18 +99,28 @@ class _TokenLogprobs(torch.autograd.Function):
                 entropy[part] = -(logits.exp() * logits).nan_to_num_(0.0).sum(1)
             else:
                 peak = logits.amax(1, keepdim=True)
-                total = logits.sub_(peak).exp_().sum(1).log_().add_(peak[:, 0])
+                mass = logits.sub_(peak).exp_().sum(1, keepdim=True)
+                total = mass.log().add_(peak)[:, 0]
+                if pulls is not None:
+                    slope = logits.div_(-mass)
+                    slope.scatter_add_(1, targets[part, None], torch.ones_like(peak))
+                    torch.mm(_through(slope, form, bend).to(hidden.dtype), weight, out=pulls[part])
             log_total[part] = total
             logprobs[part] = chosen - total
-        ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, log_total, entropy)
-        ctx.form, ctx.with_entropy = form, with_entropy
+        ctx.frozen, ctx.form, ctx.with_entropy = frozen, form, with_entropy
+        if frozen:
+            ctx.save_for_backward(pulls)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, log_total, entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = gradients
+        if ctx.frozen:
+            (pulls,) = ctx.saved_tensors
+            return (pulls * grad_logprobs[:, None].to(pulls.dtype), *[None] * 7)
         hidden, weight, bias, reduced, up, targets, log_total, entropy = ctx.saved_tensors
-        scale, cap, temperature = ctx.form
         inputs = (hidden, weight, bias, reduced, up)
         wanted = [t if wants else None for t, wants in zip(inputs, ctx.needs_input_grad, strict=False)]
         # Rows of hidden and reduced are written once; weight, bias and up are summed over chunks.
@@ -117,8 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
             logits = _logits(part, *inputs, ctx.form)
-            # d (cap tanh(raw / cap)) / d raw = 1 - tanh^2
-            bend = None if cap is None else logits.mul(temperature / cap).square_().neg_().add_(1)
+            bend = _bend(logits, ctx.form)
             logits.sub_(log_total[part, None])
             pull = grad_logprobs[part, None]
             if ctx.with_entropy:
@@ -128,11 +141,7 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 slope = logits.exp_().mul_(-pull)
             slope.scatter_add_(1, targets[part, None], pull.to(slope.dtype))
-            slope.div_(temperature)
-            if bend is not None:
-                slope.mul_(bend)
-            if scale != 1.0:
-                slope.mul_(scale)
+            slope = _through(slope, ctx.form, bend)
             if grad_hidden is not None:
                 torch.mm(slope.to(hidden.dtype), weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -150,6 +159,19 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _bend(logits: Tensor, form: _Form) -> Tensor | None:
+    """d (cap tanh(raw / cap)) / d raw = 1 - tanh^2, of logits divided by the temperature."""
+    return None if form.cap is None else logits.mul(form.temperature / form.cap).square_().neg_().add_(1)
+
+
+def _through(slope: Tensor, form: _Form, bend: Tensor | None) -> Tensor:
+    """A slope in the logits as one in hidden @ weight.T, in place."""
+    slope.div_(form.temperature)
+    if bend is not None:
+        slope.mul_(bend)
+    return slope if form.scale == 1.0 else slope.mul_(form.scale)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
