@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from benchmarks.gpu.checks import Found, Place, Skipped
@@ -49,7 +50,7 @@ def masks(place: Place) -> Iterator[Found | Skipped]:
             yield Found(f"{row}, window {window}", float((got != wanted).sum()), 0.0)
 
 
-def seen_by(mask: object, width: int, device: torch.device) -> Tensor:
+def seen_by(mask: Any, width: int, device: torch.device) -> Tensor:
     """[T, T] bool: what a kernel lets through."""
     blocks = -(-width // BLOCK)
     index = torch.arange(width, device=device)

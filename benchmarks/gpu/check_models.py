@@ -102,9 +102,8 @@ def sampler(place: Place) -> Iterator[Found | Skipped]:
         gaps = torch.cat(known) - torch.tensor([p for rollout in drawn for p in rollout.behaviour_logprobs])
         mean, most = float(gaps.abs().mean()), float(gaps.abs().max())
         note = f"{len(gaps)} tokens, mean {mean:.1e}, largest {most:.1e}"
-        yield Found(
-            f"{name}, {'largest' if name == 'float32' else 'mean'}", most if bound < 0.01 else mean, bound, note
-        )
+        is_exact = name == "float32"
+        yield Found(f"{name}, {'largest' if is_exact else 'mean'}", most if is_exact else mean, bound, note)
 
 
 def keyed_sampling(place: Place) -> Iterator[Found | Skipped]:

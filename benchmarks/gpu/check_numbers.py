@@ -14,18 +14,18 @@ from torch import Tensor
 from fairlead.data.pack import token_batch
 from fairlead.ops.logprobs import token_logprobs
 
-CHUNKED = 40_000
-"""Tokens of a vocabulary whose logits take several chunks."""
+ROWS, VOCABULARY = 300, 20_000
+"""Of logits that take several chunks."""
 
 
 def head(place: Place) -> Iterator[Found | Skipped]:
     """Chunked log-probabilities and entropies, and their gradients, against plain logits; in bf16 against those in
     fp64, in units of what plain logits in bf16 are off by."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(700, 64, generator=generator, dtype=torch.float64)
-    weight = torch.randn(CHUNKED, 64, generator=generator, dtype=torch.float64) * 0.3
-    targets = torch.randint(CHUNKED, (700,), generator=generator).to(place.device)
-    pull = torch.randn(2, 700, generator=generator, dtype=torch.float64).to(place.device)
+    hidden = torch.randn(ROWS, 64, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, 64, generator=generator, dtype=torch.float64) * 0.3
+    targets = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(place.device)
+    pull = torch.randn(2, ROWS, generator=generator, dtype=torch.float64).to(place.device)
 
     def plain(hidden: Tensor, weight: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
         logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)) / 0.7

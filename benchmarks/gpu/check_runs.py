@@ -1,4 +1,4 @@
-"""Whole runs by `fairlead.train`, with all that they write: precision, quantised bases, and every stage beside the CPU."""
+"""Whole runs by `fairlead.train`, with all they write: precision, quantised bases, every stage beside the CPU."""
 
 from __future__ import annotations
 

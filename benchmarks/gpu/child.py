@@ -30,6 +30,11 @@ def machine(job: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     write_base(Path(job["work"]) / "base", SIZES[job["size"]], job["device"])
 
 
+def failure(error: Exception) -> dict[str, str]:
+    said = str(error).strip().splitlines() or [""]
+    return {"failed": f"{type(error).__name__}: {said[0]}"}
+
+
 def stages() -> dict[str, Callable[[Mapping[str, Any]], Iterable[Any]]]:
     from benchmarks.gpu import checks, rollouts, training
 
@@ -54,11 +59,15 @@ def main() -> int:
 
         try:
             for found in known[job["stage"]](job):
-                tell(found)
+                try:
+                    tell(found() if callable(found) else found)
+                except Exception as error:
+                    traceback.print_exc()
+                    tell(failure(error))
             tell({"seconds": time.monotonic() - began})
         except Exception as error:
             traceback.print_exc()
-            tell({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"})
+            tell(failure(error))
             return STICKY
     return 0
 

@@ -30,12 +30,14 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def seconds(device: str, work: Callable[[], object], *, repeats: int = 10, warmup: int = 3) -> list[float]:
-    """Of each repeat."""
+def seconds(
+    device: str, work: Callable[[], object], *, repeats: int = 10, warmup: int = 3, at_most: float = 60.0
+) -> list[float]:
+    """Of each repeat; none begins after ``at_most`` seconds."""
     for _ in range(warmup):
         work()
     found: list[float] = []
-    for _ in range(repeats):
+    while not found or (len(found) < repeats and sum(found) < at_most):
         began = now(device)
         work()
         found.append(now(device) - began)

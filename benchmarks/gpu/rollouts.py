@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.gpu import device as machine
-from benchmarks.gpu.formulas import FORWARD, LORA, causal_pairs, decode_bytes, key_value_bytes, operations
+from benchmarks.gpu.formulas import FORWARD, FULL, LORA, causal_pairs, decode_bytes, key_value_bytes, operations
 from benchmarks.gpu.results import Case, bandwidth, rates
 from benchmarks.gpu.sizes import SIZES, Rows, Size, write_rows
 from benchmarks.gpu.training import ADAPTER, Trained, recipe, train
 
 Call = tuple[float, Any]
 """Seconds, and what came back."""
+Ask = Callable[[], Case]
+"""A case that is measured when it is called, and whose failure stops no other."""
 
 ROUNDS = 4
 """Of PPO, at most; the first is not timed."""
@@ -111,15 +114,15 @@ def trained_reward(job: Mapping[str, Any]) -> Path:
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
-def decode(job: Mapping[str, Any]) -> Iterator[Case]:
+def decode(job: Mapping[str, Any]) -> Iterator[Ask]:
     """The sampler on the bf16 base, and on the base under an adapter, which is what a policy of PPO is."""
     size = SIZES[job["size"]]
     load = size.load
     plain = opened(job, None)
     for batch in load.batches:
-        yield decoding(job, size, plain, batch, "weights in bf16" if on_gpu(job) else "weights in fp32", asks=True)
-    del plain
-    yield decoding(job, size, opened(job, ADAPTER), load.batches[len(load.batches) // 2], "with an adapter")
+        yield partial(decoding, job, size, plain, batch, "bf16" if on_gpu(job) else "fp32", asks=True)
+    middle = load.batches[len(load.batches) // 2]
+    yield partial(decoding, job, size, opened(job, ADAPTER), middle, "under an adapter")
 
 
 def on_gpu(job: Mapping[str, Any]) -> bool:
@@ -198,7 +201,7 @@ def decoding(
 # --- scoring -------------------------------------------------------------------------------------------------------
 
 
-def score(job: Mapping[str, Any]) -> Iterator[Case]:
+def score(job: Mapping[str, Any]) -> Iterator[Ask]:
     """Rewards of responses by an adapter and by a model of its own, and log-probabilities as a reference gives them."""
     from fairlead.algorithms.reference import measure
     from fairlead.data.pack import micro_batches, token_batch
@@ -212,18 +215,19 @@ def score(job: Mapping[str, Any]) -> Iterator[Case]:
     ids = [tuple(draw.ids(prompt + response)) for prompt, response in rows]
     name = f"score, {{}}, {load.scored} rows of {sum(rows[0])}"
     needed = reading_operations(size, rows, has_head=False)
-    judge = open_model(str(trained_reward(job)), device=device)
-    yield passing(job, name.format("reward adapter"), ids, needed, lambda: judge.score_ids(ids))
-    judge = open_model(str(classifier(job)), device=device)
-    yield passing(job, name.format("reward model of its own"), ids, needed, lambda: judge.score_ids(ids))
-    del judge
+    judges = {"reward adapter": trained_reward} | (
+        {"reward model of its own": classifier} if FULL in size.modes else {}
+    )
+    for what, make in judges.items():
+        judge = open_model(str(make(job)), device=device)
+        yield partial(passing, job, name.format(what), ids, needed, partial(judge.score_ids, ids))
     models, renderer = opened(job, ADAPTER, ("policy", "reference"))
     trees = [Tree(row[: load.prompt[1]], (row[load.prompt[1] :],)) for row in ids]
     groups = micro_batches([tree.num_tokens for tree in trees], size.micro_batch_tokens, packed=models.forest)
     batches = [token_batch([trees[i] for i in g], packed=models.forest, pad_id=renderer.eos) for g in groups]
     needed = reading_operations(size, rows)
-    yield passing(
-        job, name.format("log-probabilities"), ids, needed, lambda: list(measure(models, iter(batches), trees))
+    yield partial(
+        passing, job, name.format("log-probabilities"), ids, needed, lambda: list(measure(models, iter(batches), trees))
     )
 
 
@@ -243,7 +247,7 @@ def passing(
     job: Mapping[str, Any], name: str, rows: Sequence[Sequence[int]], needed: float, work: Callable[[], object]
 ) -> Case:
     machine.forget_peak(job["device"])
-    spent = statistics.median(machine.seconds(job["device"], work, repeats=3, warmup=1))
+    spent = statistics.median(machine.seconds(job["device"], work, repeats=5, warmup=1, at_most=job["seconds"]))
     case = Case(name)
     case.add("tokens a second", "1/s", sum(map(len, rows)) / spent)
     rates(case, job["limits"]["operations"], needed / spent)

@@ -71,7 +71,7 @@ LOAD = Load(
     minibatch=64,
     new_tokens=128,
     batches=(8, 64, 256),
-    scored=512,
+    scored=128,
     head_rows=8192,
 )
 TINY = Load(

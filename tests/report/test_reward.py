@@ -110,18 +110,17 @@ def test_odd_figures_are_left_out_and_torn_ones_named(tmp_path: Path):
     assert reward_view(read_run(torn)) is None
 
 
-def heights(svg: str) -> list[float]:
-    """Of the dots, from the left."""
-    return [float(y) for y in re.findall(r"<use[^>]* y=\"([\d.]+)\"[^>]*series-1", svg)]
-
-
 def test_a_bin_that_is_right_more_often_stands_higher_and_one_of_more_pairs_is_larger():
     points = [(0.55, Estimate(0.5, 0.4, 0.6, 100)), (0.75, Estimate(0.7, n=25)), (0.95, Estimate(0.9, 0.8, 1.0, 4))]
     svg = str(reliability(points, label="confidence", key="a"))
-    first, second, third = heights(svg)
-    assert first - second == pytest.approx(second - third) and first > second > third
+    dots = re.findall(r'<use href="#(\w+)" x="([\d.]+)" y="([\d.]+)"[^>]*series-1', svg)
+    (x0, y0), (x1, y1), (x2, y2) = ((float(x), float(y)) for _, x, y in dots)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.1) and x0 < x1
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.1) and y0 > y1
+    # Radii in points: (2.5 + 5 sqrt(share of the most)) / 2 for shares 1, 1/4 and 1/25.
+    radii = [re.search(f'id="{shape}" d="M 0 ([\\d.]+)', svg) for shape, _, _ in dots]
+    assert [float(found[1]) for found in radii if found] == [3.75, 2.5, 1.75]
     assert svg == str(reliability(points, label="confidence", key="a"))
-    assert "confidence" in svg and "share that is right" in svg
 
 
 def test_the_sides_of_a_histogram_have_the_colours_of_the_legend():
