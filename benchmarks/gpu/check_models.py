@@ -45,7 +45,7 @@ def roles(place: Place) -> Iterator[Found | Skipped]:
     yield Found("reference: log-probabilities of the base", float((got - wanted).abs().max()), SAME)
     with torch.no_grad(), shared.use("policy"):
         moved = torch.cat(by_response(shared(batch, frozenset({"logprobs"})).logprobs, batch))
-    yield Found("policy: 1 where it gives those of the base, 0 else", float((moved - got).abs().max() < 1e-3), 0.0)
+    yield Found("policy: 0.01 over the largest change by its adapter", 0.01 / float((moved - got).abs().max()), 1.0)
     rows = [(*tree.prompt, *tree.responses[0]) for tree in little.trees(shared=False)]
     scores = [torch.tensor(each.score_ids(rows)) for each in (RoleReward(shared), _own(judge, shared.device))]
     yield Found("reward: scores of a base of its own", float((scores[0] - scores[1]).abs().max()), SAME)

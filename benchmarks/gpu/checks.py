@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.gpu.plan import CHECKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +48,9 @@ class Skipped:
 Check = Callable[[Place], Iterator[Found | Skipped]]
 
 
-def table() -> dict[str, Check]:
-    """In the order they run: the shortest that say most come first."""
-    from benchmarks.gpu import check_attention, check_models, check_numbers, check_runs
-
-    return {
-        "masks": check_attention.masks,
-        "forest": check_attention.forest,
-        "compiling": check_attention.compiling,
-        "head": check_numbers.head,
-        "kernels": check_numbers.kernels,
-        "memory savers": check_numbers.memory_savers,
-        "roles": check_models.roles,
-        "sampler": check_models.sampler,
-        "keyed sampling": check_models.keyed_sampling,
-        "precision": check_runs.precision,
-        "quantised": check_runs.quantised,
-        "stages": check_runs.stages,
-    }
+def find(name: str) -> Check:
+    module, _, function = CHECKS[name].partition(":")
+    return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
 
 
 def run(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -72,11 +59,12 @@ def run(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     place.work.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     for name in job["names"]:
+        yield {"begins": name}
         broken = None
         with contextlib.suppress(ImportError):
             torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
         try:
-            for each in table()[name](place):
+            for each in find(name)(place):
                 yield {"check": line(name, each)}
         except Exception as error:
             traceback.print_exc()

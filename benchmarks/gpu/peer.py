@@ -1,4 +1,4 @@
-"""The peer's side: ``peer.py JOB RESULT`` in an environment that has TRL, or transformers alone for decoding.
+"""The peer's side, in an environment that has TRL: imports, then reads what to do from stdin, and writes what it found.
 
 Imports nothing of ours. Token ids and texts come with the job, in the order in which they are to be read.
 """
@@ -234,6 +234,13 @@ def reset_peak(device: str) -> float:
 
 KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"train": train, "decode": decode, "head": head}
 
+
+def main() -> None:
+    from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401  # pyright: ignore
+
+    job = json.load(sys.stdin)
+    Path(job["out"]).write_text(json.dumps(KINDS[job["kind"]](job)) + "\n")
+
+
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(KINDS[asked["kind"]](asked)))
+    main()

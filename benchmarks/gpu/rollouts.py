@@ -118,10 +118,9 @@ def decode(job: Mapping[str, Any]) -> Iterator[Ask]:
     """The sampler on the bf16 base, and on the base under an adapter, which is what a policy of PPO is."""
     size = SIZES[job["size"]]
     load = size.load
-    plain = opened(job, None)
+    plain, middle = opened(job, None), load.batches[len(load.batches) // 2]
     for batch in load.batches:
-        yield partial(decoding, job, size, plain, batch, "bf16" if on_gpu(job) else "fp32", asks=True)
-    middle = load.batches[len(load.batches) // 2]
+        yield partial(decoding, job, size, plain, batch, "bf16" if on_gpu(job) else "fp32", asks=batch == middle)
     yield partial(decoding, job, size, opened(job, ADAPTER), middle, "under an adapter")
 
 
@@ -215,9 +214,9 @@ def score(job: Mapping[str, Any]) -> Iterator[Ask]:
     ids = [tuple(draw.ids(prompt + response)) for prompt, response in rows]
     name = f"score, {{}}, {load.scored} rows of {sum(rows[0])}"
     needed = reading_operations(size, rows, has_head=False)
-    judges = {"reward adapter": trained_reward} | (
-        {"reward model of its own": classifier} if FULL in size.modes else {}
-    )
+    judges = {"reward adapter": trained_reward}
+    if FULL in size.modes:
+        judges["reward model of its own"] = classifier
     for what, make in judges.items():
         judge = open_model(str(make(job)), device=device)
         yield partial(passing, job, name.format(what), ids, needed, partial(judge.score_ids, ids))
@@ -283,8 +282,9 @@ def head(job: Mapping[str, Any]) -> Iterator[Case]:
         machine.forget_peak(device)
         before = torch.cuda.memory_allocated() if on_gpu(job) else machine.peak(device)
         spent = statistics.median(machine.seconds(device, work, repeats=5, warmup=2))
+        above = max(0, machine.peak(device) - before)
         found = [t.detach().float() for t in (function(hidden, weight), hidden.grad, weight.grad) if t is not None]
-        return spent, max(0, machine.peak(device) - before), found
+        return spent, above, found
 
     ours, theirs = measured(lambda *given: token_logprobs(*given, targets)[0]), measured(plain)
     gaps = [float((a - b).norm() / b.norm()) for a, b in zip(ours[2], theirs[2], strict=True)]

@@ -203,7 +203,9 @@ def evaluate(
 def score(
     run: Annotated[str, typer.Argument(help="a finished run that scores, or a folder of such a model")],
     file: Annotated[str, typer.Argument(help="demonstrations, pairs, labelled answers or rankings")],
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data.format, .columns, .limit, model.device")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="file to write, .jsonl; without one the rows go to stdout")] = None,
     min_score: Annotated[float | None, typer.Option(help="keep rows that score at least this")] = None,
     top_share: Annotated[float | None, typer.Option(help="keep the best rows: this share of them, above 0")] = None,

@@ -80,7 +80,7 @@ def by_transformers(run: Path, prompt: str, response: str) -> float:
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     ids = [*tokenizer(f"Question: {prompt}\n\nAnswer: {response}").input_ids, tokenizer.eos_token_id]
     with torch.no_grad():
-        return float(model(torch.tensor([ids])).logits[0, 0])
+        return float(model(torch.tensor([ids[-SCRATCH["context_length"] :]])).logits[0, 0])
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -178,7 +178,10 @@ def test_a_row_longer_than_the_model_is_scored_by_its_end_and_counted(
 ) -> None:
     rows = [{"prompt": "why " * 90, "response": "so"}, DEMONSTRATIONS[0]]
     done = score(runs.reward, write(tmp_path / "rows.jsonl", rows), "--json")
-    assert json.loads(done.stdout)["notes"]["answers read without their beginning, beyond 64 tokens"] == 1
+    found = json.loads(done.stdout)
+    assert found["notes"] == {"answers read without their beginning, beyond 64 tokens": 1}
+    wanted = by_transformers(runs.reward, rows[0]["prompt"], rows[0]["response"])
+    assert found["rows"][0]["score"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_order_of_many_rows_is_kept_over_chunks(

@@ -1,7 +1,8 @@
-"""Measures finished runs: held-out metrics with intervals, comparison with a reference, cross-validation."""
+"""Measures finished runs: held-out metrics with intervals, comparison with a reference, cross-validation; scores data."""
 
 from fairlead.evaluation.crossval import cross_validate
 from fairlead.evaluation.evaluate import evaluate
 from fairlead.evaluation.metrics import Estimate
+from fairlead.evaluation.score import score_file
 
-__all__ = ["Estimate", "cross_validate", "evaluate"]
+__all__ = ["Estimate", "cross_validate", "evaluate", "score_file"]
