@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head bench-memory peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head bench-memory bench-gpu peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="
 
 bench-memory: environment ## peak memory of PPO with four roles on one base (ARGS="--layers 2 --width 64")
 	.venv/bin/python benchmarks/memory.py $(ARGS)
+
+bench-gpu: environment ## check and measure every stage on one NVIDIA GPU (ARGS="--out FILE --size 0.5B")
+	.venv/bin/python -m benchmarks.gpu $(ARGS)
 
 peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
 	@bash scripts/peers

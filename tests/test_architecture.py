@@ -22,6 +22,7 @@ LAYERS = [
     {"ops"},
     {"config_file"},
     {"config"},
+    {"config_resolve"},
     {"models", "data"},
     {"training", "tracking", "rollout"},
     {"algorithms"},

@@ -7,8 +7,9 @@ import pytest
 from pydantic import BaseModel, Field
 
 from fairlead import config_file
-from fairlead.config import ResolvedRecipe, Section, flatten, load_recipe, parse_interval
+from fairlead.config import Section, parse_interval
 from fairlead.config_file import find_file, parse_override, parse_yaml, shipped
+from fairlead.config_resolve import ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import ConfigError
 
 NO_INTEGER = "input should be a valid integer, unable to parse string as an integer"
@@ -446,7 +447,7 @@ def test_what_is_no_interval_is_an_error(value: str | int) -> None:
 def test_reading_a_recipe_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("algorithm: mine\n")
     code = (
-        "import sys; from fairlead.config import Section, load_recipe;"
+        "import sys; from fairlead.config import Section; from fairlead.config_resolve import load_recipe;"
         f"load_recipe({str(tmp_path / 'r.yaml')!r}, settings_of=lambda name: (name, Section));"
         "print('torch' in sys.modules)"
     )

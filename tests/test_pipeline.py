@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import fairlead
-from fairlead.config import flatten
+from fairlead.config_resolve import flatten
 from fairlead.errors import ConfigError, DataError, FairleadError, Interrupted, RunError
 from fairlead.pipeline import plan, run_pipeline
 from fairlead.pipeline_file import read_pipeline

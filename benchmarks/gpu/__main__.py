@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -26,7 +27,7 @@ from benchmarks.gpu.processes import HERE, ROOT, Waiting, say
 from benchmarks.gpu.results import Case, lines, table
 
 PEERS = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
-LONGEST = {"checks": 200.0}
+LONGEST = {"checks": 200.0, "machine": 150.0}
 """Seconds a stage may take; the others 100, like a peer."""
 LATE = 30.0
 """Seconds over the time a stage that has begun may take."""
@@ -37,12 +38,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the file of results")
     parser.add_argument("--size", choices=SIZES, default="1B", help="of the random Llama; 1B")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
-    )
-    parser.add_argument(
-        "--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK", help=", ".join(CHECKS)
-    )
+    for name, known in (("only", STAGES), ("checks", CHECKS)):
+        says = f"these alone of: {', '.join(known)}"
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=list(known), metavar="NAME", help=says)
     parser.add_argument("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no stage begins; 8")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timed steps in each case; 6")
@@ -88,15 +86,8 @@ class Run:
     def ask(self, stage: str, mode: str = "", **more: Any) -> list[dict[str, Any]]:
         """By the process that waits; another one begins to."""
         current, self.waiting = self.waiting, processes.ours(self.work)
-        asked = {name: getattr(self.given, name) for name in ("size", "device", "seconds")}
-        job = {
-            "stage": stage,
-            "mode": mode,
-            "work": str(self.work),
-            "limits": self.facts.get("limits"),
-            **asked,
-            **more,
-        }
+        asked = {name: getattr(self.given, name) for name in ("size", "device", "seconds")} | more
+        job = {"stage": stage, "mode": mode, "work": str(self.work), "limits": self.facts.get("limits"), **asked}
         with self._clock(f"{stage} {mode}".strip()):
             return current.ask(job, min(LONGEST.get(stage, 100.0), self.left + LATE))
 
@@ -192,7 +183,9 @@ def check(run: Run) -> None:
 def measure(run: Run, stage: str, mode: str) -> None:
     """A stage, and its peer on the same rows, by turns."""
     name, found, answers = f"{stage} {mode}".strip(), dict[str, list[Case]](), dict[str, list[dict[str, Any]]]()
-    for _ in range(run.given.repeats):
+    for number in range(run.given.repeats):
+        if number and run.left <= 0:
+            break
         beside = processes.peer(run.work, run.peer) if run.peer is not None and stage in BESIDE else None
         try:
             for each in run.ask(stage, mode):
@@ -224,10 +217,9 @@ def summary(run: Run) -> int:
         figures = f"{each['measured']:.2g}, bound {each['bound']:.2g}" if "measured" in each else each["reason"]
         if each["status"] != "passed":
             say(f"{each['status']:8} {each['check']}: {each['case']}: {figures}")
-    counts = {
-        status: sum(each["status"] == status for each in run.checks) for status in ("passed", "failed", "skipped")
-    }
-    say(f"checks: {', '.join(f'{number} {status}' for status, number in counts.items())}; {run.given.out}")
+    counts = Counter(each["status"] for each in run.checks)
+    told = ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
+    say(f"checks: {told}; {run.given.out}")
     return int(counts["failed"] > 0 or any("peer" not in each["what"] for each in run.troubles))
 
 

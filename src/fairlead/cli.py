@@ -304,7 +304,7 @@ def _yaml(value: Any) -> str:
 
 
 def _print_resolved(resolved: Any, as_json: bool) -> None:
-    from fairlead.config import flatten
+    from fairlead.config_resolve import flatten
 
     flat = flatten(resolved.as_dict())
     if as_json:

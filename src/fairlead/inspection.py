@@ -13,8 +13,9 @@ from typing import Any
 
 from fairlead.algorithms import find
 from fairlead.assemble import Given, build_models, load_data, renderer_for, texts_of
-from fairlead.config import Recipe, Section, flatten, load_recipe
+from fairlead.config import Recipe, Section
 from fairlead.config_file import shipped
+from fairlead.config_resolve import flatten, load_recipe
 from fairlead.data.filters import held_kind
 from fairlead.data.formats import find_format
 from fairlead.data.inspect.measure import KINDS, kind_of, measure

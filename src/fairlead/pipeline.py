@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from fairlead.config import ResolvedRecipe
 from fairlead.config_file import suggest
+from fairlead.config_resolve import ResolvedRecipe
 from fairlead.errors import ConfigError, FairleadError, Interrupted, RunError
 from fairlead.pipeline_file import INPUTS, Pipeline, Stage, nest, read_pipeline, require_inputs
 from fairlead.tracking import RunDirectory, file_sha256, tree_sha256

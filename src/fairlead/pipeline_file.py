@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairlead.config import flatten
 from fairlead.config_file import find_file, parse_override, read_mapping, suggest
+from fairlead.config_resolve import flatten
 from fairlead.data.sources import format_of, require
 from fairlead.errors import ConfigError
 

@@ -18,7 +18,8 @@ import yaml
 from fairlead.algorithms import find
 from fairlead.algorithms.stage import Stage
 from fairlead.assemble import Given, assemble, sample_prompts
-from fairlead.config import Recipe, ResolvedRecipe, flatten, load_recipe
+from fairlead.config import Recipe
+from fairlead.config_resolve import ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import RunError
 from fairlead.manifest import BudgetNote, fingerprints, write_manifest
 from fairlead.models.card import write_card

@@ -1,4 +1,4 @@
-"""Measures finished runs: held-out metrics with intervals, comparison with a reference, cross-validation; scores data."""
+"""Measures finished runs: held-out metrics with intervals, comparison, cross-validation; and scores data files."""
 
 from fairlead.evaluation.crossval import cross_validate
 from fairlead.evaluation.evaluate import evaluate

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fairlead.algorithms import find
 from fairlead.assemble import Given
-from fairlead.config import DataSection, Recipe, ResolvedRecipe
+from fairlead.config import DataSection, Recipe
+from fairlead.config_resolve import ResolvedRecipe
 from fairlead.data.filters import apply_filters
 from fairlead.data.records import load_records
 from fairlead.data.splits import fold_of, keyed_hash, split_of

@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fairlead.config import Section, load_recipe
+from fairlead.config import Section
 from fairlead.config_file import parse_override, suggest
+from fairlead.config_resolve import load_recipe
 from fairlead.data.answers import Answers, read_answers
 from fairlead.data.formats import Format
 from fairlead.data.sources import Counts, Row, write_jsonl
