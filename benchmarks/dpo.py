@@ -27,14 +27,14 @@ REMARK = (
 )
 
 
-def with_reference(way: bench.Way, side: bench.Side, number: int) -> float:
-    """Our pairs a second, the reference's share of the time included, and tokenising with it."""
-    seconds, timed = side.seconds[number], sum(way.units[way.warmup :])
-    return timed / (seconds[-1] - seconds[way.warmup - 1] + side.prepared[number] * timed / sum(way.units))
+def with_reference(way: bench.Way, result: bench.Result) -> float:
+    """Our pairs a second, with the reference's share of the time and that of tokenising."""
+    seconds, timed = result["seconds"], sum(way.units[way.warmup :])
+    return timed / (seconds[-1] - seconds[way.warmup - 1] + result["prepared"] * timed / sum(way.units))
 
 
-def whole(way: bench.Way, side: bench.Side, number: int) -> float:
-    return sum(way.units) / side.whole[number]
+def whole(way: bench.Way, result: bench.Result) -> float:
+    return sum(way.units) / result["whole"]
 
 
 METRICS = {
@@ -65,7 +65,7 @@ def ways(model: Path, pairs: Sequence[bench.Pair], batch: int, warmup: int, step
             arguments={"beta": 0.1, "max_length": bench.LENGTH},
             ids=[pair.ids for pair in chosen],
         )
-        for at_once in (batch, 1):
+        for at_once in (batch, {"random": 1, "grouped": 2}[order]):
             job = peer | {"rows_at_once": at_once}
             yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [batch] * (warmup + steps), warmup)
 
@@ -85,9 +85,9 @@ def main() -> None:
             steps = settings.steps if size == "S" else max(1, settings.steps // 2)
             pairs = bench.whole_pairs(rows, tokenizer)
             tried = list(ways(folder / size, pairs, BATCH[size], settings.warmup, steps))
-            sides = bench.interleave(size, tried, settings.repeats)
-            cases += bench.results(size, tried, sides, METRICS)
-    bench.write_results(settings.out, "dpo", cases, bench.versions(sides), REMARK)
+            runs = bench.interleave(size, tried, settings.repeats)
+            cases += bench.results(size, tried, runs, METRICS)
+    bench.write_results(settings.out, "dpo", cases, bench.versions(runs), REMARK)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def ways(model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> I
                 for pair in chosen
             ],
         )
-        for at_once in (BATCH, 1):
+        for at_once in (BATCH, {"random": 1, "grouped": 2}[order]):
             job = peer | {"rows_at_once": at_once}
             yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [BATCH] * (warmup + steps), warmup)
 
@@ -67,9 +67,9 @@ def main() -> None:
             tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
             steps = settings.steps if size == "S" else max(1, settings.steps // 3)
             tried = list(ways(folder / size, bench.whole_pairs(rows, tokenizer), settings.warmup, steps))
-            sides = bench.interleave(size, tried, settings.repeats)
-            cases += bench.results(size, tried, sides, METRICS)
-    bench.write_results(settings.out, "reward", cases, bench.versions(sides), REMARK)
+            runs = bench.interleave(size, tried, settings.repeats)
+            cases += bench.results(size, tried, runs, METRICS)
+    bench.write_results(settings.out, "reward", cases, bench.versions(runs), REMARK)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def main() -> None:
             steps = settings.steps if size == "S" else max(1, settings.steps // 2)
             for kind in KINDS[size]:
                 tried = list(ways(kind, folder / size, texts, tokenizer, BATCH[size], settings.warmup, steps))
-                sides = bench.interleave(f"{size}, {kind}", tried, settings.repeats)
-                cases += bench.results(f"{size}, {kind}", tried, sides, METRICS)
-    bench.write_results(settings.out, "sft", cases, bench.versions(sides), REMARK)
+                runs = bench.interleave(f"{size}, {kind}", tried, settings.repeats)
+                cases += bench.results(f"{size}, {kind}", tried, runs, METRICS)
+    bench.write_results(settings.out, "sft", cases, bench.versions(runs), REMARK)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ VOCABULARY = {"S": 8192, "M": 32000}
 LENGTH = 512
 """Longest row in tokens."""
 TEMPLATE = "hh"
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Both sides' losses may differ by this share of the peer's, at every step."""
 MEGABATCH = 50
 """Batches that transformers' group_by_length sorts together."""
@@ -235,28 +236,13 @@ class Way:
     """Steps that are not timed."""
 
 
-@dataclass(slots=True)
-class Side:
-    """What one side measured, run for run."""
-
-    seconds: list[list[float]] = field(default_factory=list)
-    """At the end of each step."""
-    losses: list[list[float]] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)
-    """MB, of the whole process."""
-    prepared: list[float] = field(default_factory=list)
-    """Seconds to tokenise and, for DPO on our side, for the reference."""
-    whole: list[float] = field(default_factory=list)
-    """Seconds from the call, imports done, to the end of the last step."""
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def add(self, result: Mapping[str, Any]) -> None:
-        for name in ("seconds", "losses", "peaks", "prepared", "whole"):
-            getattr(self, name).append(result[name.removesuffix("s") if name == "peaks" else name])
-        self.versions = result["versions"]
+Result = dict[str, Any]
+"""What one run of one side measured: `seconds` at the end of each step, `losses`, `peak` MB of the whole process,
+`prepared` seconds to tokenise and, on our side of DPO, for the reference, `whole` seconds from the call, with imports
+done, to the end of the last step, and `versions`."""
 
 
-def run(command: Sequence[str | Path], job: Mapping[str, Any]) -> dict[str, Any]:
+def run(command: Sequence[str | Path], job: Mapping[str, Any]) -> Result:
     """A side's result; its messages are shown only when it fails."""
     with tempfile.TemporaryDirectory() as folder:
         order, found = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -275,25 +261,24 @@ def run(command: Sequence[str | Path], job: Mapping[str, Any]) -> dict[str, Any]
         return json.loads(found.read_text())
 
 
-def run_ours(recipe: dict[str, Any]) -> dict[str, Any]:
+def run_ours(recipe: dict[str, Any]) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         return run([sys.executable, HERE / "side_by_side.py"], recipe | {"run": {"directory": folder, "name": "run"}})
 
 
-def run_peer(script: str, job: Mapping[str, Any]) -> dict[str, Any]:
+def run_peer(script: str, job: Mapping[str, Any]) -> Result:
     if not PEER_PYTHON.exists():
         raise SystemExit("the peers' environment is missing: make peers")
     return run([PEER_PYTHON, HERE / "peers" / script], job)
 
 
-def ours(recipe: dict[str, Any]) -> dict[str, Any]:
+def ours(recipe: dict[str, Any]) -> Result:
     """Our side of one run: the real stage with all that it writes, its source timed."""
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import fairlead.runner
+    import fairlead
     from fairlead.algorithms import find
 
+    for name in ("fairlead.runner", "peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
     algorithm, prepared = find(recipe["algorithm"]), list[float]()
 
     def source(stage: Any) -> Any:
@@ -326,75 +311,70 @@ def peak_memory() -> float:
 # --- comparing -----------------------------------------------------------------------------------------------------
 
 
-def interleave(case: str, ways: Sequence[Way], repeats: int) -> list[tuple[Side, Side]]:
-    """Runs of both sides by turns; ways that share our run share its readings."""
-    sides = [(Side(), Side()) for _ in ways]
-    for number in range(repeats):
-        known: dict[str, dict[str, Any]] = {}
-        for way, (mine, theirs) in zip(ways, sides, strict=True):
+def interleave(case: str, ways: Sequence[Way], repeats: int) -> list[list[tuple[Result, Result]]]:
+    """Runs by turns, (ours, the peer's) for each way and repeat. Ways with the same rows share our run."""
+    found: list[list[tuple[Result, Result]]] = [[] for _ in ways]
+    for number in range(1, repeats + 1):
+        known: dict[str, Result] = {}
+        for way, runs in zip(ways, found, strict=True):
             key = json.dumps(way.ours)
             if key not in known:
                 known[key] = run_ours(way.ours)
-            mine.add(known[key])
-            theirs.add(run_peer("train.py", way.peer))
-            speeds = [rate(way, side, number) for side in (mine, theirs)]
+            runs.append((known[key], run_peer("train.py", way.peer)))
+            mine, theirs = runs[-1]
             say(
-                f"{case}, {way.peer_name}, {number + 1}/{repeats}: {speeds[0]:,.1f} and {speeds[1]:,.1f} /s, "
-                f"{mine.peaks[-1]:,.0f} and {theirs.peaks[-1]:,.0f} MB, losses differ by {difference(mine, theirs):.1e}"
+                f"{case}, {way.peer_name}, {number}/{repeats}: {rate(way, mine):,.2f} and {rate(way, theirs):,.2f} /s, "
+                f"{mine['peak']:,.0f} and {theirs['peak']:,.0f} MB, losses differ by {difference(runs):.1e}"
             )
-    return sides
+    return found
 
 
-def rate(way: Way, side: Side, number: int) -> float:
+def rate(way: Way, result: Result) -> float:
     """Units a second over the timed steps."""
-    seconds = side.seconds[number]
+    seconds = result["seconds"]
     return sum(way.units[way.warmup :]) / (seconds[-1] - seconds[way.warmup - 1])
 
 
-def difference(mine: Side, theirs: Side) -> float:
+def peak(_: Way, result: Result) -> float:
+    return result["peak"]
+
+
+def difference(runs: Sequence[tuple[Result, Result]]) -> float:
     """The largest of any step of any repeat, as a share of the peer's loss."""
     return max(
         abs(one - other) / abs(other)
-        for ours_, peers_ in zip(mine.losses, theirs.losses, strict=True)
-        for one, other in zip(ours_, peers_, strict=True)
+        for mine, theirs in runs
+        for one, other in zip(mine["losses"], theirs["losses"], strict=True)
     )
 
 
-Measure = Callable[[Way, Side, int], float]
+Measure = Callable[[Way, Result], float]
+Metrics = Mapping[tuple[str, str], tuple[Measure, Measure]]
+"""(name, unit) -> how it is had on our side and on the peer's."""
+PEAK: Metrics = {("peak memory of the process", "MB"): (peak, peak)}
 
 
 def results(
-    case: str,
-    ways: Sequence[Way],
-    sides: Sequence[tuple[Side, Side]],
-    metrics: Mapping[tuple[str, str], tuple[Measure, Measure]],
+    case: str, ways: Sequence[Way], found: Sequence[Sequence[tuple[Result, Result]]], metrics: Metrics
 ) -> list[dict[str, Any]]:
-    """A line for each metric (name, unit) and setting of the peer; the first metric says which setting is its best."""
-    lines: list[dict[str, Any]] = []
-    speed_of_peer = next(iter(metrics.values()))[1]
-    speeds = [
-        statistics.median(speed_of_peer(way, theirs, number) for number in range(len(theirs.peaks)))
-        for way, (_, theirs) in zip(ways, sides, strict=True)
+    """A line for each metric and setting of the peer. The first metric is a speed, and says which setting is best."""
+    speed = next(iter(metrics.values()))[1]
+    speeds = [statistics.median(speed(way, each[1]) for each in runs) for way, runs in zip(ways, found, strict=True)]
+    return [
+        {
+            "case": case,
+            "metric": metric,
+            "unit": unit,
+            **compared([mine(way, each[0]) for each in runs], [theirs(way, each[1]) for each in runs]),
+            "peer_name": way.peer_name,
+            "best_of_peer": own == max(speeds),
+            "repeats": len(runs),
+            "agree": difference(runs) <= TOLERANCE,
+            "losses_differ_by": float(f"{difference(runs):.1e}"),
+        }
+        for way, runs, own in zip(ways, found, speeds, strict=True)
+        for (metric, unit), (mine, theirs) in metrics.items()
     ]
-    for way, (mine, theirs), speed in zip(ways, sides, speeds, strict=True):
-        repeats, gap = len(mine.peaks), difference(mine, theirs)
-        for (metric, unit), (our_measure, peer_measure) in metrics.items():
-            one = [our_measure(way, mine, n) for n in range(repeats)]
-            other = [peer_measure(way, theirs, n) for n in range(repeats)]
-            lines.append(
-                {
-                    "case": case,
-                    "metric": metric,
-                    "unit": unit,
-                    **compared(one, other),
-                    "peer_name": way.peer_name,
-                    "best_of_peer": speed == max(speeds),
-                    "repeats": repeats,
-                    "agree": gap <= TOLERANCE,
-                    "losses_differ_by": float(f"{gap:.1e}"),
-                }
-            )
-    return lines
 
 
 def compared(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
@@ -408,15 +388,9 @@ def compared(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]
     }
 
 
-def versions(sides: Sequence[tuple[Side, Side]]) -> dict[str, str]:
-    return sides[0][0].versions | sides[0][1].versions
-
-
-def peak(_: Way, side: Side, number: int) -> float:
-    return side.peaks[number]
-
-
-PEAK = {("peak memory of the process", "MB"): (peak, peak)}
+def versions(found: Sequence[Sequence[tuple[Result, Result]]]) -> dict[str, str]:
+    mine, theirs = found[0][0]
+    return mine["versions"] | theirs["versions"]
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -463,11 +437,10 @@ def write_results(
     }
     out.write_text(json.dumps(result, indent=2) + "\n")
     for each in cases:
-        say(
-            f"{each['case']:22} {each['metric']:34} {each['ours']:10.2f} {each['peer']:10.2f} "
-            f"{each['ratio']:7.3f} [{each['ratio_low']:.3f} {each['ratio_high']:.3f}] "
-            f"{'agree' if each['agree'] else 'DIFFER'}  {each['peer_name']}"
-        )
+        best = "*" if each.get("best_of_peer", True) else " "
+        numbers = f"{each['ours']:10.2f} {each['peer']:10.2f} {each['ratio']:7.3f}"
+        spread = f"[{each['ratio_low']:.3f} {each['ratio_high']:.3f}] {'agree' if each['agree'] else 'DIFFER'}"
+        say(f"{best} {each['case']:14} {each['metric']:30} {numbers} {spread}  {each['peer_name']}")
 
 
 def say(text: str) -> None:

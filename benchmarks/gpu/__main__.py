@@ -144,12 +144,16 @@ def main() -> int:
         try:
             machine(run)
             for stage, mode in planned(given.only, given.size, given.modes):
-                if run.left <= 0:
-                    run.trouble(f"{stage} {mode}".strip(), f"left out: {given.minutes:g} minutes were over")
-                elif stage == "checks":
-                    check(run)
-                else:
-                    measure(run, stage, mode)
+                name = f"{stage} {mode}".strip()
+                try:
+                    if run.left <= 0:
+                        run.trouble(name, f"left out: {given.minutes:g} minutes were over")
+                    elif stage == "checks":
+                        check(run)
+                    else:
+                        measure(run, stage, mode)
+                except Exception as error:  # the other stages go on
+                    run.trouble(name, f"{type(error).__name__}: {error}")
                 run.write()
         finally:
             run.waiting.end()

@@ -73,8 +73,8 @@ def stages(place: Place) -> Iterator[Found | Skipped]:
         return
     for name, made in _stages(place).items():
         runs = [
-            little.trained(made(), f"{name} on {device}", model={**EXACT, "device": device})
-            for device in (place.device, "cpu")
+            little.trained(made(), f"{name} on {where}", model={**EXACT, "device": device})
+            for where, device in (("the device", place.device), ("the CPU", "cpu"))
         ]
         got, wanted = map(little.logged, runs)
         yield Found(name, apart(got, wanted), 1e-3, f"{len(got)} steps")
@@ -94,6 +94,7 @@ def _stages(place: Place) -> Mapping[str, Callable[[], dict[str, Any]]]:
     ppo = {"reward": str(rollouts.trained_reward(lora)), "rollout_size": 8, "epochs": 2, "max_new_tokens": 8}
     return {
         "pretrain": made("pretrain", "texts", full, data={"max_length": TINY.load.row}),
+        "sft": lambda: _sft(place, FULL),
         "reward": made("reward", "pairs", full),
         "dpo": made("dpo", "pairs", full),
         "dpo, adapter": made("dpo", "pairs", lora),

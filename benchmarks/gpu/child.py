@@ -36,9 +36,9 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 def stages() -> dict[str, Callable[[Mapping[str, Any]], Iterable[Any]]]:
-    from benchmarks.gpu import checks, rollouts, training
+    from benchmarks.gpu import checks, head, rollouts, training
 
-    return {"machine": machine, "checks": checks.run, **training.STAGES, **rollouts.STAGES}
+    return {"machine": machine, "checks": checks.run, **training.STAGES, **rollouts.STAGES, **head.STAGES}
 
 
 def main() -> int:

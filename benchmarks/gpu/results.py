@@ -89,8 +89,8 @@ def _value(case: Case, metric: str, key: str = "value") -> float:
 
 
 def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
-    """Medians, and the median and range of the ratio; none where there is no peer."""
-    ratios = [one / other for one, other in zip(ours, theirs, strict=False)]
+    """Medians, and the median and range of the ratio; none where there is no peer, or it measured nothing."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=False) if other]
     return {
         "ours": rounded(statistics.median(ours)),
         "peer": rounded(statistics.median(theirs)) if theirs else None,
@@ -120,6 +120,7 @@ def table(cases: Iterable[Mapping[str, Any]]) -> str:
     """For people."""
     rows: list[str] = []
     for each in cases:
-        beside = "" if each["peer"] is None else f"{each['peer']:>12,.4g} {each['ratio']:>7.3g}x  {each['peer_name']}"
-        rows.append(f"{each['case']:36} {each['metric']:34} {each['ours']:>12,.4g} {each['unit']:8} {beside}".rstrip())
+        ratio = "-" if each["ratio"] is None else f"{each['ratio']:.3g}x"
+        beside = "" if each["peer"] is None else f"{each['peer']:>12,.4g} {ratio:>8}  {each['peer_name']}"
+        rows.append(f"{each['case']:50} {each['metric']:40} {each['ours']:>12,.4g} {each['unit']:8} {beside}".rstrip())
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Stages that sample or judge: rounds of PPO, decoding, scoring; and the log-probability head alone."""
+"""Stages that sample or judge: rounds of PPO, decoding, scoring."""
 
 from __future__ import annotations
 
@@ -254,51 +254,4 @@ def passing(
     return case
 
 
-# --- the head alone ------------------------------------------------------------------------------------------------
-
-
-def head(job: Mapping[str, Any]) -> Iterator[Case]:
-    """Log-probabilities from hidden states, forward and backward, beside plain logits."""
-    from fairlead.ops.logprobs import token_logprobs
-
-    size, device = SIZES[job["size"]], job["device"]
-    kind = torch.bfloat16 if on_gpu(job) else torch.float32
-    rows, width, vocabulary = size.load.head_rows, size.shape.hidden_size, size.shape.vocab_size
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, width, device=device, dtype=kind, requires_grad=True)
-    weight = (torch.randn(vocabulary, width, device=device) * 0.02).to(kind).requires_grad_(True)
-    targets, pull = torch.randint(vocabulary, (rows,), device=device), torch.randn(rows, device=device)
-
-    def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = (hidden @ weight.t()).float()
-        return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-
-    def measured(function: Callable[..., torch.Tensor]) -> tuple[float, float, list[torch.Tensor]]:
-        def work() -> None:
-            hidden.grad = weight.grad = None
-            function(hidden, weight).backward(pull)
-
-        hidden.grad = weight.grad = None
-        machine.forget_peak(device)
-        before = torch.cuda.memory_allocated() if on_gpu(job) else machine.peak(device)
-        spent = statistics.median(machine.seconds(device, work, repeats=5, warmup=2))
-        above = max(0, machine.peak(device) - before)
-        found = [t.detach().float() for t in (function(hidden, weight), hidden.grad, weight.grad) if t is not None]
-        return spent, above, found
-
-    ours, theirs = measured(lambda *given: token_logprobs(*given, targets)[0]), measured(plain)
-    gaps = [float((a - b).norm() / b.norm()) for a, b in zip(ours[2], theirs[2], strict=True)]
-    beside = {"peer_name": "plain logits", "agree": max(gaps) < (2e-2 if on_gpu(job) else 1e-5)}
-    case = Case(f"head, {rows} rows of {width}, vocabulary {vocabulary}", notes={"largest_gap": max(gaps)})
-    case.add("milliseconds", "ms", 1e3 * ours[0], peer=1e3 * theirs[0], **beside)
-    case.add("memory above the inputs", "GB", ours[1] / 1e9, peer=theirs[1] / 1e9, **beside)
-    rates(case, job["limits"]["operations"], 3 * 2 * rows * width * vocabulary / ours[0])
-    yield case
-    fused = Case(f"{case.name}, fused")
-    fused.add("milliseconds", "ms", 1e3 * ours[0])
-    fused.add("memory above the inputs", "GB", ours[1] / 1e9)
-    fused.job = {"kind": "head", "device": device, "rows": rows, "hidden_size": width, "vocabulary": vocabulary}
-    yield fused
-
-
-STAGES = {"ppo": ppo, "decode": decode, "score": score, "head": head}
+STAGES = {"ppo": ppo, "decode": decode, "score": score}

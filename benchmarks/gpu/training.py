@@ -21,8 +21,6 @@ from benchmarks.gpu.sizes import SIZES, Rows, Size, words, write_rows
 
 WARMUP = 3
 """Steps that are not timed: kernels are compiled, memory is taken."""
-LEAST = 256
-"""Tokens of a micro-batch below which a stage is given up."""
 LEARNING_RATE = 1e-5
 ADAPTER = {"method": "lora", "rank": 16, "alpha": 32}
 
@@ -104,6 +102,9 @@ class Watched:
             self.passes * needed,
         )
 
+    def remake(self) -> list[Any]:
+        return self.source.remake()
+
     def take_metrics(self) -> dict[str, float]:
         return self.source.take_metrics()
 
@@ -129,7 +130,7 @@ class Trained:
     peak: int
     """Bytes."""
     micro_batch_tokens: int
-    stage: Any
+    """In the end: halved where memory ran out."""
 
 
 def recipe(algorithm: str, job: Mapping[str, Any], rows: str, **sections: Any) -> dict[str, Any]:
@@ -153,11 +154,14 @@ def recipe(algorithm: str, job: Mapping[str, Any], rows: str, **sections: Any) -
 
 
 def train(settings: Mapping[str, Any], size: Size, mode: str, seconds: float, **watch: Any) -> Trained:
-    """Runs a recipe for so many seconds of timed steps, or until its steps are done. ``watch`` goes to `Watched`.
-    Raises torch.OutOfMemoryError where the smallest micro-batch does not fit."""
+    """Runs a recipe for so many seconds of timed steps, or until its steps are done. ``watch`` goes to `Watched`."""
     from fairlead.algorithms import find
     from fairlead.assemble import Given, assemble
+    from fairlead.models.precision import autocast_of
     from fairlead.runner import resolve
+    from fairlead.training.loop import Clock, run
+    from fairlead.training.optim import Optimizer
+    from fairlead.training.precision import LossScale
 
     resolved = resolve(settings)
     chosen, algorithm = resolved.recipe, find(resolved.recipe.algorithm)
@@ -165,39 +169,30 @@ def train(settings: Mapping[str, Any], size: Size, mode: str, seconds: float, **
     Path(chosen.run.directory).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{algorithm.name}-", dir=chosen.run.directory))  # no rollouts of a repeat
     stage, _ = assemble(chosen, algorithm, Given(), folder)
-    watch = {"most": size.load.steps} | watch
-    while True:
-        budget = stage.recipe.train.micro_batch_tokens
-        try:
-            return _run(stage, algorithm, size, mode, seconds, watch)
-        except torch.OutOfMemoryError:
-            if budget // 2 < LEAST:
-                raise
-        for parameter in stage.models.trainable.values():
-            parameter.grad = None
-        shorter = stage.recipe.train.model_copy(update={"micro_batch_tokens": budget // 2})
-        stage.recipe = stage.recipe.model_copy(update={"train": shorter})
-
-
-def _run(stage: Any, algorithm: Any, size: Size, mode: str, seconds: float, watch: Mapping[str, Any]) -> Trained:
-    from fairlead.models.precision import autocast_of
-    from fairlead.training.loop import Clock, run
-    from fairlead.training.optim import Optimizer
-    from fairlead.training.precision import LossScale
-
-    models, chosen = stage.models, stage.recipe
-    device = str(models.device)
+    models, device = stage.models, str(stage.models.device)
     machine.forget_peak(device)
     began = machine.now(device)
     source = algorithm.source(stage)
     prepared = machine.now(device) - began
-    passes = algorithm.passes(chosen.settings)
-    watched = Watched(source, size, mode, device, seconds, passes=len(passes), **watch)
-    heard, optimizer = _Losses(), Optimizer(chosen.optim, models.trainable, source.num_steps)
+    passes, heard = algorithm.passes(chosen.settings), _Losses()
+    watch = {"most": size.load.steps, "passes": len(passes)} | watch
+    watched: Any = Watched(source, size, mode, device, seconds, **watch)
+    optimizer = Optimizer(chosen.optim, models.trainable, source.num_steps)
     scale = LossScale() if autocast_of(chosen.model, models.device) == torch.float16 else None
-    run(models, passes, watched, optimizer, [heard], Clock(), seed=0, measure=lambda _: {}, scale=scale)
-    budget = chosen.train.micro_batch_tokens
-    return Trained(watched, heard.losses, prepared, machine.peak(device), budget, stage)
+    how = {"seed": 0, "measure": lambda _: {}, "scale": scale, "budget": stage.budget}
+    run(models, passes, watched, optimizer, [heard], Clock(), **how)
+    return Trained(watched, heard.losses, prepared, machine.peak(device), stage.budget.tokens)
+
+
+def planned_peak(settings: Mapping[str, Any]) -> int:
+    """Bytes at the worst moment, by the memory plan that is told before a run."""
+    from fairlead.algorithms import find
+    from fairlead.assemble import build_models
+    from fairlead.planning.plan import plan_run
+    from fairlead.runner import resolve
+
+    chosen = resolve(settings).recipe
+    return plan_run(chosen, find(chosen.algorithm), build_models).worst
 
 
 def write_in_order(path: Path, rows: Sequence[Mapping[str, Sequence[int]]]) -> str:
@@ -224,9 +219,12 @@ def sft(job: Mapping[str, Any]) -> Iterator[Case]:
     size, mode = SIZES[job["size"]], job["mode"]
     rows, batch = Rows(size).demonstrations(), size.load.demonstrations
     path = write_in_order(Path(job["work"]) / "demonstrations.jsonl", rows)
-    found = train(recipe("sft", job, path, train={"batch_size": batch}), size, mode, job["seconds"])
+    settings = recipe("sft", job, path, train={"batch_size": batch})
+    found = train(settings, size, mode, job["seconds"])
     asked = peer(job, "sft", found, ids_of(rows, "response"), batch, size.load.longest)
-    yield case(f"sft, {mode}, packed", job, found, "tokens a second", asked)
+    made = case(f"sft, {mode}, packed", job, found, "tokens a second", asked)
+    made.add("peak memory, planned", "GB", planned_peak(settings) / 1e9)
+    yield made
 
 
 def reward(job: Mapping[str, Any]) -> Iterator[Case]:

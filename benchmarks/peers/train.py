@@ -5,6 +5,7 @@ The job names the trainer, the model folder, a file of rows that are read in the
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -13,9 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -40,6 +39,8 @@ class Marks(TrainerCallback):
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    for name in ("peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
     trainer_class, config_class = TRAINERS[job["trainer"]]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     marks = Marks()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -331,6 +332,7 @@ def main() -> None:
     if os.getcwd() not in sys.path:  # `module:function` names a file that stands here; a console script does not look
         sys.path.append(os.getcwd())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it would fetch from a hub
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     try:
         app()
     except FairleadError as error:

@@ -19,7 +19,7 @@ from benchmarks.gpu import checks, formulas
 from benchmarks.gpu.formulas import FORWARD, FULL, LORA, Shape, decode_bytes, key_value_bytes, operations
 from benchmarks.gpu.plan import CHECKS, STAGES, planned
 from benchmarks.gpu.processes import Waiting
-from benchmarks.gpu.results import Case, bandwidth, lines, rates
+from benchmarks.gpu.results import Case, bandwidth, lines, rates, table
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(num_layers=2, hidden_size=4, num_heads=2, num_key_value_heads=1, intermediate_size=8, vocab_size=10)
@@ -118,6 +118,14 @@ def test_lines_hold_ratios_of_repeats_and_whether_the_losses_agree() -> None:
     assert (time["ratio"], time["peer_name"], time["agree"]) == (0.5, "plain", True)
     alone = lines(repeats, [])[0]
     assert (alone["ours"], alone["peer"], alone["ratio"], alone["agree"]) == (25.0, None, None, None)
+
+
+def test_a_peer_that_measured_nothing_has_no_ratio() -> None:
+    case = Case("head")
+    case.add("memory", "GB", 1.0, peer=0.0, peer_name="plain")
+    (line,) = lines([case], [])
+    assert (line["peer"], line["ratio"], line["ratio_low"]) == (0.0, None, None)
+    assert "-  plain" in table([line])
 
 
 def test_stages_are_planned_in_order_and_8b_trains_adapters_alone() -> None:

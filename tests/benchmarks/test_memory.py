@@ -27,7 +27,7 @@ def test_the_memory_benchmark_writes_every_case(tmp_path: Path) -> None:
         (SHARED, "peak memory", "SFT with LoRA"),
         (SHARED, "peak memory", "PPO, four copies"),
         (f"{SHARED}, value adapter", "peak memory", "SFT with LoRA"),
-        (NF4, "peak memory", "SFT with LoRA"),
+        (NF4, "peak memory", f"{SHARED} in fp32"),
         (SHARED, "bytes of the base", "fairlead inspect"),
         (NF4, "bytes of the base", "fairlead inspect"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,18 @@ def test_every_layer_but_head_and_embeddings_is_quantised(tmp_path: Path, archit
     assert {
         p.dtype for n, p in model.named_parameters() if n.rpartition(".")[0] not in layers or n.startswith(head)
     } == {torch.float32}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has mapped")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_unquantised_checkpoint_does_not_stay_in_memory(folder: Path, tmp_path: Path, bits: int) -> None:
+    place = shutil.copytree(folder, tmp_path / "base")
+    quantised = load(place, {"bits": bits})
+    assert str(place) not in Path("/proc/self/maps").read_text()
+    whole = load(place)
+    assert str(place) in Path("/proc/self/maps").read_text()
+    embeddings = (each.model.get_input_embeddings().weight for each in (quantised, whole))
+    assert torch.equal(*embeddings)
 
 
 def test_norms_compute_in_fp32_and_the_stream_keeps_its_type(folder: Path) -> None:

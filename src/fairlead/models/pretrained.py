@@ -67,7 +67,16 @@ def read_model(
         )
     if section is not None and found is not None:
         quantize.compute_in(model, quantize.compute_dtype(section, device))
+    elif section is not None and device.type == "cpu":
+        _leave_file(model)
     return model
+
+
+def _leave_file(model: Any) -> None:
+    """Copy what was not quantised: while one tensor lies in the mapped checkpoint, all of it stays resident."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def no_model(origin: str, kind: Kind, error: Exception) -> ModelError:
