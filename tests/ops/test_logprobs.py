@@ -228,7 +228,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("chunk", [7, 1 << 22])
 @pytest.mark.parametrize("form", [{}, {"cap": 2.0}, {"cap": 3.0, "temperature": 0.7, "scale": 1.7}])
 def test_under_a_frozen_head_the_backward_pass_makes_no_logits_and_has_the_same_gradient(
-    monkeypatch: pytest.MonkeyPatch, form: dict[str, float], chunk: int
+    monkeypatch: pytest.MonkeyPatch, form: dict[str, Any], chunk: int
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
     hidden, weight, bias, targets = inputs(torch.float64)
