@@ -18,6 +18,8 @@ import side_by_side as bench
 
 BATCH = {"S": 8, "M": 4}
 """Pairs of a step."""
+SETTINGS = {"S": (("random", 8), ("random", 1), ("grouped", 8)), "M": (("random", 4), ("random", 1))}
+"""Of TRL: the order, and the pairs that go through its models at once."""
 LEARNING_RATE = 1e-4
 REMARK = (
     "Random Llamas in fp32, AdamW, the same pairs of HH in the same order, none of them cut. Ours is the dpo stage "
@@ -44,9 +46,11 @@ METRICS = {
 }
 
 
-def ways(model: Path, pairs: Sequence[bench.Pair], batch: int, warmup: int, steps: int) -> Iterator[bench.Way]:
-    for order, chosen in bench.orders(pairs, batch, warmup, steps).items():
-        mine, theirs = bench.write_pairs(model / order, chosen)
+def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
+    batch = BATCH[size]
+    orders = bench.orders(pairs, batch, warmup, steps)
+    for order, at_once in SETTINGS[size]:
+        mine, theirs = bench.write_pairs(model / order, orders[order])
         ours = bench.recipe(
             "dpo",
             model,
@@ -61,13 +65,12 @@ def ways(model: Path, pairs: Sequence[bench.Pair], batch: int, warmup: int, step
             theirs,
             steps=warmup + steps,
             batch_size=batch,
+            rows_at_once=at_once,
             learning_rate=LEARNING_RATE,
             arguments={"beta": 0.1, "max_length": bench.LENGTH},
-            ids=[pair.ids for pair in chosen],
+            ids=[pair.ids for pair in orders[order]],
         )
-        for at_once in (batch, {"random": 1, "grouped": 2}[order]):
-            job = peer | {"rows_at_once": at_once}
-            yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [batch] * (warmup + steps), warmup)
+        yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, peer, [batch] * (warmup + steps), warmup)
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def main() -> None:
             tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
             steps = settings.steps if size == "S" else max(1, settings.steps // 2)
             pairs = bench.whole_pairs(rows, tokenizer)
-            tried = list(ways(folder / size, pairs, BATCH[size], settings.warmup, steps))
+            tried = list(ways(size, folder / size, pairs, settings.warmup, steps))
             runs = bench.interleave(size, tried, settings.repeats)
             cases += bench.results(size, tried, runs, METRICS)
     bench.write_results(settings.out, "dpo", cases, bench.versions(runs), REMARK)

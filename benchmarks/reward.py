@@ -16,6 +16,8 @@ import side_by_side as bench
 
 BATCH = 8
 """Pairs of a step."""
+SETTINGS = {"S": (("random", 8), ("random", 1), ("grouped", 8)), "M": (("random", 1), ("grouped", 8))}
+"""Of TRL: the order, and the pairs that go through its model at once."""
 LEARNING_RATE = 1e-4
 METRICS = {("pairs a second", "1/s"): (bench.rate, bench.rate), **bench.PEAK}
 REMARK = (
@@ -25,9 +27,10 @@ REMARK = (
 )
 
 
-def ways(model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
-    for order, chosen in bench.orders(pairs, BATCH, warmup, steps).items():
-        mine, theirs = bench.write_pairs(model / order, chosen)
+def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
+    orders = bench.orders(pairs, BATCH, warmup, steps)
+    for order, at_once in SETTINGS[size]:
+        mine, theirs = bench.write_pairs(model / order, orders[order])
         ours = bench.recipe(
             "reward",
             model,
@@ -41,22 +44,21 @@ def ways(model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> I
             theirs,
             steps=warmup + steps,
             batch_size=BATCH,
+            rows_at_once=at_once,
             learning_rate=LEARNING_RATE,
             arguments={"max_length": bench.LENGTH},
             ids=[
                 {f"{side}_ids": pair.ids["prompt_ids"] + pair.ids[f"{side}_ids"] for side in ("chosen", "rejected")}
-                for pair in chosen
+                for pair in orders[order]
             ],
         )
-        for at_once in (BATCH, {"random": 1, "grouped": 2}[order]):
-            job = peer | {"rows_at_once": at_once}
-            yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, job, [BATCH] * (warmup + steps), warmup)
+        yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, peer, [BATCH] * (warmup + steps), warmup)
 
 
 def main() -> None:
     parser = bench.options(__doc__, "reward")
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of S; of M a third")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of S; of M a quarter")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
     rows = bench.transcripts(data)
@@ -65,8 +67,8 @@ def main() -> None:
     with bench.scratch() as folder:
         for size in settings.sizes:
             tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
-            steps = settings.steps if size == "S" else max(1, settings.steps // 3)
-            tried = list(ways(folder / size, bench.whole_pairs(rows, tokenizer), settings.warmup, steps))
+            steps = settings.steps if size == "S" else max(1, settings.steps // 4)
+            tried = list(ways(size, folder / size, bench.whole_pairs(rows, tokenizer), settings.warmup, steps))
             runs = bench.interleave(size, tried, settings.repeats)
             cases += bench.results(size, tried, runs, METRICS)
     bench.write_results(settings.out, "reward", cases, bench.versions(runs), REMARK)

@@ -78,26 +78,27 @@ def ways(kind: str, model: Path, texts: Sequence[str], tokenizer: Any, batch: in
     )
     sizes = [len(row["input_ids"]) for row in rows]
     units = [sum(sizes[at : at + batch]) for at in range(0, number, batch)]
-    peer = bench.job(
-        "sft",
-        model,
-        bench.write_rows(model / f"{kind}-peer.jsonl", rows),
-        steps=warmup + steps,
-        batch_size=batch,
-        learning_rate=LEARNING_RATE,
-        arguments={"packing": True, "max_length": bench.LENGTH, **arguments},
-        texts=[[text, tokenizer(text).input_ids] for text in mine[:4]],
-        ids=rows[:4],
-    )
+    file = bench.write_rows(model / f"{kind}-peer.jsonl", rows)
     for at_once in (batch, 1):
-        name = f"TRL, {arguments['packing_strategy']}, {at_once} rows at once"
-        yield bench.Way(name, ours, peer | {"rows_at_once": at_once}, units, warmup)
+        peer = bench.job(
+            "sft",
+            model,
+            file,
+            steps=warmup + steps,
+            batch_size=batch,
+            rows_at_once=at_once,
+            learning_rate=LEARNING_RATE,
+            arguments={"packing": True, "max_length": bench.LENGTH, **arguments},
+            texts=[[text, tokenizer(text).input_ids] for text in mine[:4]],
+            ids=rows[:4],
+        )
+        yield bench.Way(f"TRL, {arguments['packing_strategy']}, {at_once} rows at once", ours, peer, units, warmup)
 
 
 def main() -> None:
     parser = bench.options(__doc__, "sft")
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of S; of M half as many")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of S; of M half as many")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
     texts = [row["chosen"] for row in bench.transcripts(data)]

@@ -201,19 +201,21 @@ def job(
     *,
     steps: int,
     batch_size: int,
+    rows_at_once: int,
     learning_rate: float,
     arguments: Mapping[str, Any],
     texts: Sequence[Any] = (),
     ids: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What peers/train.py reads, but for `rows_at_once`. It makes sure that `texts` (text, ids) and the columns `ids`
-    of the first rows are as here."""
+    """What peers/train.py reads. It makes sure that `texts` (text, ids) and the columns `ids` of the first rows are as
+    here."""
     return {
         "trainer": trainer,
         "model": str(model),
         "rows": rows,
         "steps": steps,
         "batch_size": batch_size,
+        "rows_at_once": rows_at_once,
         "learning_rate": learning_rate,
         "arguments": dict(arguments),
         "texts": list(texts),
