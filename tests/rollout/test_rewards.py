@@ -37,7 +37,7 @@ def test_a_function_gets_samples_prompts_outputs_and_the_prompts_columns() -> No
         return [len(output) for output in outputs]
 
     reward = open_reward(judge, _renderer(), device=CPU)
-    assert reward([_rollout("why?", "so", topic="x"), _rollout("how?", "thus")]) == [2.0, 4.0]
+    assert reward([_rollout("why?", "so", topic="x"), _rollout("how?", "thus")]).values == (2.0, 4.0)
     assert seen == {
         "samples": ["Question: why?\n\nAnswer: so", "Question: how?\n\nAnswer: thus"],
         "prompts": ["Question: why?\n\nAnswer:", "Question: how?\n\nAnswer:"],
@@ -85,7 +85,7 @@ def test_a_reward_model_scores_text_as_it_did_in_training(tmp_path: Path) -> Non
         wanted = made(batch, frozenset({"scores"})).scores.tolist()
     reward = open_reward(str(tmp_path), renderer, device=CPU)
     texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-    got = reward([_rollout(prompt, text) for prompt, text in texts])
+    got = reward([_rollout(prompt, text) for prompt, text in texts]).values
     assert got == pytest.approx(wanted, abs=1e-5)
 
 

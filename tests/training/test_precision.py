@@ -51,7 +51,7 @@ class _Same:
         for _ in range(self.num_steps):
             yield [token_batch(TREES, packed=True, pad_id=0)]
 
-    def take_metrics(self) -> dict[str, float]:
+    def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {}
 
     def remake(self) -> list[TokenBatch]:

@@ -205,7 +205,7 @@ class RolloutSource:
             at += len(part)
         return chosen
 
-    def take_metrics(self) -> dict[str, float]:
+    def after_step(self, _: Mapping[str, float]) -> dict[str, float]:
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -249,7 +249,7 @@ def advantages(
         "reference_logprobs": reference,
         "values": experience.tokens["values"],
     }
-    return ragged, {"scores": experience.scores, "finished": experience.finished}, metrics
+    return ragged, {}, metrics
 
 
 def _largest_difference(experience: Experience) -> float:
@@ -294,7 +294,7 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
         trees = [Tree(rollout.prompt_ids, (rollout.response_ids,)) for rollout in rollouts]
         tokens = measure_tokens(stage.models, trees, temperature=settings.temperature, budget=stage.budget.tokens)
         pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
-        scores = {name: reward(rollouts) for name, reward in rewards.items()}
+        scores = {name: reward(rollouts).values for name, reward in rewards.items()}
         return {
             **{f"eval/{name}": sum(values) / len(values) for name, values in scores.items()},
             "eval/kl": sum(float(k1(a, b).sum()) for a, b in pairs) / len(rollouts),

@@ -102,8 +102,8 @@ class MovingSource:
     def remake(self) -> list[TokenBatch]:
         return self._source.remake()
 
-    def take_metrics(self) -> dict[str, float]:
-        return self._source.take_metrics()
+    def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return self._source.after_step(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()

@@ -64,7 +64,7 @@ class DatasetSource:
         for group in micro_batches(self._sizes[first:last], self._budget(), packed=self._packed):
             yield self._collate([first + i for i in group])
 
-    def take_metrics(self) -> dict[str, float]:
+    def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:

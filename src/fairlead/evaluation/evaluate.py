@@ -266,7 +266,7 @@ def _answer(run: _Run, plan: _Plan, models: Models) -> _Answers:
         reward = plan.opened.get(name) or open_reward(place, renderer, device=plan.device)
         if isinstance(reward, ModelReward):
             plan.opened[name] = reward
-        scores[name] = reward(rollouts)
+        scores[name] = list(reward(rollouts).values)
     return _Answers(run, models, rollouts, scores)
 
 

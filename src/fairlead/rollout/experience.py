@@ -74,7 +74,7 @@ class Collector:
         """The round's experience and its hash."""
         if not self.store.has(round_number):
             rollouts = self._sample(round_number, prompts)
-            experience = self.measure(rollouts, self.reward(rollouts))
+            experience = self.measure(rollouts, self.reward(rollouts).values)
             rows = [
                 {
                     "prompt": self.renderer.prompt_text(r.prompt),

@@ -21,7 +21,7 @@ from fairlead.models.identity import weights_sha256
 from fairlead.models.load import base_of, base_origin, load_base, load_tokenizer, read_meta, resolve_folder
 from fairlead.models.pretrained import read_model
 from fairlead.models.roles import Models
-from fairlead.types import Conversation, Message, Prompt, Reward, Rollout
+from fairlead.types import Conversation, Message, Prompt, Reward, Rollout, Scores
 
 RewardFunction = Callable[..., Sequence[float]]
 """trlX's signature: ``samples, prompts, outputs, **columns`` -> one number a sample."""
@@ -58,7 +58,7 @@ class FunctionReward:
     def __init__(self, function: RewardFunction, name: str, renderer: Renderer) -> None:
         self._function, self.name, self._renderer = function, name, renderer
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
         prompts = [self._renderer.prompt_text(rollout.prompt) for rollout in rollouts]
         outputs = [rollout.text for rollout in rollouts]
         samples = [
@@ -74,7 +74,7 @@ class FunctionReward:
                 f"the reward {self.name} raised {type(error).__name__}: {error}",
                 hint="mend the function; the same command continues the run",
             ) from error
-        return _checked(scores, rollouts, self.name)
+        return Scores(tuple(_checked(scores, rollouts, self.name)))
 
 
 class ModelReward:
@@ -87,8 +87,8 @@ class ModelReward:
         template = read_meta(folder).get("template", "auto")
         self._renderer = Renderer(load_tokenizer(origin), template=template, max_length=max_length)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
-        return self.score([(rollout.prompt, rollout.text) for rollout in rollouts], rollouts)
+    def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
+        return Scores(tuple(self.score([(rollout.prompt, rollout.text) for rollout in rollouts], rollouts)))
 
     @property
     def max_length(self) -> int:

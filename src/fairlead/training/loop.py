@@ -7,7 +7,7 @@ padding, and mixes of terms with different units all give the same gradient.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,8 @@ def run(
             metrics |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
         metrics["learning_rate"] = optimizer.step(clock.step) if finite else optimizer.skip()
         clock.tokens += sum(batch.num_tokens for batch in micro_batches)
-        metrics |= {**({"grad_norm": float(norm)} if finite else {}), **source.take_metrics()}
+        metrics |= {"grad_norm": float(norm)} if finite else {}
+        metrics |= source.after_step(metrics)
         tell(metrics | measure(clock.step))
         if stop():
             break
@@ -140,7 +141,7 @@ def backward(
     micro_batches = _prepared(models, passes, micro_batches)
     for number, batch in enumerate(micro_batches):
         batch = batch.to(models.device)
-        for each in passes:
+        for each in passes_of(passes, batch):
             with models.use(each.role):
                 loss, measured = _loss(models, each, batch, counts)
                 if not torch.isfinite(loss):
@@ -164,7 +165,7 @@ def evaluate(models: Models, passes: Sequence[Pass], micro_batches: Iterable[Tok
     try:
         for batch in _prepared(models, passes, batches):
             batch = batch.to(models.device)
-            for each in passes:
+            for each in passes_of(passes, batch):
                 with models.use(each.role):
                     _add(metrics, _loss(models, each, batch, counts)[1])
     finally:
@@ -186,6 +187,10 @@ def _prepared(models: Models, passes: Sequence[Pass], micro_batches: Sequence[To
 
             micro_batches = each.prepare(call, micro_batches)
     return micro_batches
+
+
+def passes_of(passes: Sequence[Pass], batch: TokenBatch) -> Iterator[Pass]:
+    return (each for each in passes if isinstance(batch, each.batch))
 
 
 def total_counts(batches: Sequence[TokenBatch]) -> dict[str, float]:

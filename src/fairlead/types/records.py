@@ -1,0 +1,86 @@
+"""What a data set holds: one kind of record for each way to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation; ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+    """What the assistant thought before it answered, where the data set keeps it apart."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """As transformers' chat templates take them: {"type": "function", "function": {"name", "arguments"}}."""
+    counts: NotRequired[bool]
+    """False for an assistant turn that is context only, never learned."""
+
+
+Conversation = str | Sequence[Message]
+"""A prompt: plain text (one user turn), or the turns before the response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text; every token counts."""
+
+    text: str
+
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Function descriptions (JSON schema), handed to the chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A response worth imitating. A ``Message`` where it is more than text: a tool call, or reasoning kept apart."""
+
+    prompt: Conversation
+    response: str | Message
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two responses to one prompt; ``margin`` says by how much ``chosen`` is better, in units of the reward."""
+
+    prompt: Conversation
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    tools: Tools = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Responses to one prompt, best first; ``scores``, as many and falling, where the data set has them. Equal scores
+    are ties."""
+
+    prompt: Conversation
+    responses: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One response and whether it is a good one. The prompt may be empty: a review and its sentiment."""
+
+    prompt: Conversation
+    response: str
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to sample from; ``columns`` are the row's other fields, handed to the reward."""
+
+    prompt: Conversation
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tools: Tools = ()
+
+
+Record = Text | Demonstration | Preference | Ranking | Labelled | Prompt
