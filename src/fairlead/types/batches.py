@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Support:
-    """The tokens that could be drawn, where they were not the whole vocabulary: log-probabilities, KL and entropy are of
+    """What tokens could be drawn where it was not the whole vocabulary: log-probabilities, KL and entropy are of
     the distribution over them. N counted tokens, in the order of ``loss_mask``."""
 
     kept: Tensor
