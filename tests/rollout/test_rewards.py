@@ -150,8 +150,8 @@ def test_a_shared_reward_scores_as_a_model_of_its_own_and_as_plain_peft(tmp_path
     rollouts = _texts()
     wanted = _plain_scores(place, reward, rollouts)
     assert max(wanted) - min(wanted) > 1e-2
-    assert shared(rollouts) == pytest.approx(wanted, abs=1e-5)
-    assert alone(rollouts) == pytest.approx(wanted, abs=1e-5)
+    assert list(shared(rollouts).values) == pytest.approx(wanted, abs=1e-5)
+    assert list(alone(rollouts).values) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(
