@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fairlead.ops import logprobs
-from fairlead.ops.logprobs import token_logprobs
+from fairlead.ops.logprobs import Readout, full_kl, logit_statistics, token_logprobs
 
 ROWS, WIDTH, VOCABULARY = 7, 4, 11
 
@@ -271,3 +271,144 @@ def test_the_logits_of_all_rows_never_exist_at_once_forward_or_backward(
     with LargestTensor() as backward:
         values.sum().backward()
     assert (forward.elements, backward.elements) == (rows * vocabulary, rows * vocabulary)
+
+
+# --- less than the vocabulary --------------------------------------------------------------------------------------
+
+KEPT = [[], [3, 0, 9], [5], [], [1, 2, 10], [4, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+"""By row; an empty one keeps the whole vocabulary."""
+BANNED = [-1, 8, -1, 6, -1, -1, -1]
+WITHIN = torch.tensor([4, 9, 5, 0, 2, 7, 10])
+"""A target of each row that it could be."""
+SUPPORT = (
+    torch.tensor([token for row in KEPT for token in row]),
+    torch.tensor([len(row) for row in KEPT]),
+    torch.tensor(BANNED),
+)
+
+
+def allowed() -> Tensor:
+    """[ROWS, VOCABULARY] bool, written out."""
+    mask = torch.tensor([[not row or token in row for token in range(VOCABULARY)] for row in KEPT])
+    for row, token in enumerate(BANNED):
+        if token >= 0:
+            mask[row, token] = False
+    return mask
+
+
+def masked(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, cap: float | None = None) -> Tensor:
+    """Log-softmax over the allowed tokens, all logits at once."""
+    logits = hidden @ weight.T + bias
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return (logits / temperature).masked_fill(~allowed(), -math.inf).log_softmax(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_over_a_support_values_and_gradients_are_those_of_a_masked_softmax(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, with_entropy: bool, cap: float | None, frozen: bool
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, _ = inputs()
+    leaves = [hidden.requires_grad_()] if frozen else [x.requires_grad_() for x in (hidden, weight, bias)]
+    weights = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+    logs = masked(hidden, weight, bias, 0.7, cap)
+    wanted = logs[torch.arange(ROWS), WITHIN], torch.special.entr(logs.exp()).sum(1)
+    ours = token_logprobs(
+        hidden, weight, WITHIN, bias=bias, temperature=0.7, cap=cap, with_entropy=with_entropy, support=SUPPORT
+    )
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours[1], wanted[1] if with_entropy else wanted[1][:0], rtol=1e-12, atol=1e-12)
+    # Autograd of the plain form has 0 * inf in the entropy, so its slope is that of the finite terms.
+    finite = torch.where(allowed(), logs, 0.0)
+    entropy = -(torch.where(allowed(), logs.exp(), 0.0) * finite).sum(1)
+    gradients = [
+        torch.autograd.grad((weights * v).sum() + ((weights**2 * e).sum() if with_entropy else 0), leaves)
+        for v, e in (ours, (wanted[0], entropy))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_over_a_support_are_the_slopes_of_the_values() -> None:
+    hidden, weight, bias, _ = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden, weight, WITHIN, bias=bias, with_entropy=True, support=SUPPORT)
+
+    assert torch.autograd.gradcheck(call, (hidden, weight, bias))
+
+
+def test_of_two_kept_tokens_each_has_its_share_by_hand() -> None:
+    """Logits (0, ln 3, 50) of which the first two are kept: 1/4 and 3/4; of all but the last the same."""
+    weight = torch.tensor([[0.0], [math.log(3)], [50.0]])
+    kept = torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([-1, 2])
+    values, entropy = token_logprobs(torch.ones(2, 1), weight, torch.tensor([1, 0]), with_entropy=True, support=kept)
+    assert values.exp().tolist() == pytest.approx([0.75, 0.25])
+    assert entropy.tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2)
+
+
+def test_a_target_outside_its_support_has_no_probability() -> None:
+    hidden, weight, bias, _ = inputs()
+    values, _ = token_logprobs(hidden, weight, torch.full((ROWS,), 8), bias=bias, support=SUPPORT)
+    assert values.isinf().tolist() == [False, True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("over", ["all", "support"])
+def test_collision_and_mean_logit_are_those_of_their_definition(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, over: str
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, _ = inputs()
+    inside = allowed() if over == "support" else torch.ones(ROWS, VOCABULARY, dtype=torch.bool)
+    logits = (hidden @ weight.T + bias) / 0.7
+    probs = logits.masked_fill(~inside, -math.inf).softmax(1)
+    mean = torch.stack([row[mask].mean() for row, mask in zip(logits, inside, strict=True)])
+    support = SUPPORT if over == "support" else None
+    found = logit_statistics(hidden, weight, bias=bias, temperature=0.7, support=support)
+    torch.testing.assert_close(found, ((probs**2).sum(1).log(), mean), rtol=1e-12, atol=1e-12)
+
+
+# --- divergence ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 1 << 20])
+@pytest.mark.parametrize("over", ["all", "support"])
+def test_the_kl_is_that_of_whole_distributions(monkeypatch: pytest.MonkeyPatch, chunk: int, over: str) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, _ = inputs()
+    policy = Readout(hidden, weight, bias, cap=2.0)
+    reference = Readout(hidden.flip(0), weight.flip(1), scale=1.5)
+    inside = allowed() if over == "support" else torch.ones(ROWS, VOCABULARY, dtype=torch.bool)
+    own = 2.0 * torch.tanh((hidden @ weight.T + bias) / 2.0) / 0.7
+    other = 1.5 * hidden.flip(0) @ weight.flip(1).T / 0.7
+    wanted = torch.stack(
+        [
+            torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=a[mask]), torch.distributions.Categorical(logits=b[mask])
+            )
+            for a, b, mask in zip(own, other, inside, strict=True)
+        ]
+    )
+    found = full_kl(policy, reference, temperature=0.7, support=SUPPORT if over == "support" else None)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert float(wanted.max()) > 0.1
+
+
+def test_the_kl_makes_no_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocabulary, chunk = 60, 1000, 5000
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, _ = inputs(torch.float32, rows, vocabulary)
+    with LargestTensor() as seen:
+        kl = full_kl(Readout(hidden, weight, bias), Readout(hidden, weight))
+    assert seen.elements <= chunk
+    assert not kl.requires_grad and float(kl.min()) > 0
+
+
+def test_a_token_that_only_the_policy_can_draw_makes_the_kl_infinite() -> None:
+    ones, weight = torch.ones(1, 1), torch.zeros(2, 1)
+    never = torch.tensor([0.0, -math.inf])
+    assert full_kl(Readout(ones, weight), Readout(ones, weight, never)).tolist() == [math.inf]
+    assert full_kl(Readout(ones, weight, never), Readout(ones, weight)).item() == pytest.approx(math.log(2))

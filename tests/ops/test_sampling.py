@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairlead.ops import sampling
-from fairlead.ops.sampling import keep_top, keyed_uniform, permutation, sample_tokens, stream_key
+from fairlead.ops.sampling import (
+    keep_top,
+    kept_tokens,
+    keyed_uniform,
+    permutation,
+    sample_tokens,
+    stream_key,
+    token_uniforms,
+)
 
 MASK = (1 << 64) - 1
 
@@ -139,7 +146,7 @@ def test_all_orders_of_a_permutation_are_equally_likely() -> None:
 
 def draws(logits: Tensor, rows: int, *, key: int = 0) -> tuple[Tensor, Tensor]:
     items = torch.arange(rows)
-    return sample_tokens(logits.expand(rows, -1), stream_key(key, "draws"), items // 16, items % 16)
+    return sample_tokens(logits.expand(rows, -1), token_uniforms(stream_key(key, "draws"), items // 16, items % 16))
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 65, 1000])
@@ -156,7 +163,7 @@ def test_tokens_are_drawn_in_proportion_to_their_probability(vocabulary: int) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_log_probabilities_have_the_wider_type(dtype: torch.dtype) -> None:
     logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
-    tokens, logprobs = sample_tokens(logits, 1, torch.arange(3), torch.arange(3))
+    tokens, logprobs = sample_tokens(logits, token_uniforms(1, torch.arange(3), torch.arange(3)))
     assert logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     wanted = logits.double().log_softmax(1)[torch.arange(3), tokens]
     torch.testing.assert_close(logprobs.double(), wanted, rtol=0, atol=1e-6)
@@ -166,21 +173,22 @@ def test_a_row_draws_the_same_token_whatever_rows_stand_beside_it() -> None:
     rows, vocabulary = 40, 1000
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(5))
     items, steps = torch.arange(rows) * 7, torch.arange(rows) % 3
-    together, logprobs = sample_tokens(logits, 9, items, steps)
+    together, logprobs = sample_tokens(logits, token_uniforms(9, items, steps))
     shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(6))[: rows // 2]
-    part, part_logprobs = sample_tokens(logits[shuffled], 9, items[shuffled], steps[shuffled])
+    part, part_logprobs = sample_tokens(logits[shuffled], token_uniforms(9, items[shuffled], steps[shuffled]))
     assert torch.equal(part, together[shuffled])
     torch.testing.assert_close(part_logprobs, logprobs[shuffled], rtol=0, atol=1e-6)
     for row in range(rows):
         one = slice(row, row + 1)
-        assert sample_tokens(logits[one], 9, items[one], steps[one])[0].item() == together[row].item()
+        alone, _ = sample_tokens(logits[one], token_uniforms(9, items[one], steps[one]))
+        assert alone.item() == together[row].item()
 
 
 def test_item_and_token_each_change_the_draw() -> None:
     logits, same, index = torch.zeros(50, 1000), torch.zeros(50, dtype=torch.long), torch.arange(50)
-    assert sample_tokens(logits, 0, same, same)[0].unique().numel() == 1
-    assert sample_tokens(logits, 0, index, same)[0].unique().numel() > 40
-    assert sample_tokens(logits, 0, same, index)[0].unique().numel() > 40
+    assert sample_tokens(logits, token_uniforms(0, same, same))[0].unique().numel() == 1
+    assert sample_tokens(logits, token_uniforms(0, index, same))[0].unique().numel() > 40
+    assert sample_tokens(logits, token_uniforms(0, same, index))[0].unique().numel() > 40
 
 
 def test_a_logit_of_minus_infinity_is_never_drawn() -> None:
@@ -197,17 +205,11 @@ def test_a_logit_of_minus_infinity_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 2), (1 - 2.0**-53, 131)])
-def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(
-    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int
-) -> None:
-    monkeypatch.setattr(
-        sampling, "keyed_uniform", lambda key, items, tokens, draw: torch.full(items.shape, uniform).double()
-    )
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(uniform: float, token: int) -> None:
     for scale in (1.0, 1 / 3, 1e-3):
         logits = torch.full((1, 200), -math.inf)
         logits[0, [2, 70, 131]] = torch.tensor([0.0, scale, -scale])
-        index = torch.zeros(1, dtype=torch.long)
-        assert sample_tokens(logits, 0, index, index)[0].item() == token
+        assert sample_tokens(logits, torch.full((2, 1), uniform).double())[0].item() == token
 
 
 # --- truncation ----------------------------------------------------------------------------------------------------
@@ -263,3 +265,9 @@ def test_the_log_probabilities_of_truncated_draws_are_those_of_the_kept_set() ->
     assert set(tokens.tolist()) == {1, 3}
     wanted = torch.where(tokens == 1, 2 / 3, 1 / 3)
     torch.testing.assert_close(logprobs.exp(), wanted)
+
+
+def test_the_kept_tokens_are_listed_row_after_row() -> None:
+    logits = keep_top(torch.tensor([SKEWED, SKEWED[::-1]]).log(), top_k=3, top_p=0.8)
+    ids, counts = kept_tokens(logits)
+    assert (ids.tolist(), counts.tolist()) == ([1, 3, 1, 3], [2, 2])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fairlead.errors import ModelError
-from fairlead.ops.logprobs import logit_statistics, token_logprobs
+from fairlead.ops.logprobs import Readout, logit_statistics, token_logprobs
+from fairlead.types import Support
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +35,48 @@ class LogitForm:
 
 def last_logits(network: Any, hidden: Tensor) -> Tensor:
     """``hidden`` [R, H] -> the model's logits [R, V], in max(fp32, dtype). For a few rows: a sampler's."""
-    form, logits = LogitForm.of(network.config), network.get_output_embeddings()(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * form.scale
+    form, head = LogitForm.of(network.config), network.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if form.scale != 1.0:
+        logits.mul_(form.scale)
     return logits if form.cap is None else logits.div_(form.cap).tanh_().mul_(form.cap)
 
 
 def head_logprobs(
-    network: Any, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+    network: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of the model's head as it stands: hidden [N, H], targets [N] -> log-probabilities [N] and
     entropies [N] (or an empty tensor). An adapter on the head is taken by its factors: no second [V, H] is made. Raises
     ModelError for an adapter that is not low-rank."""
     weight, form = _head(network, hidden)
-    return token_logprobs(hidden, weight, targets, **form, temperature=temperature, with_entropy=with_entropy)
+    form |= {"temperature": temperature, "with_entropy": with_entropy, "support": tensors_of(support)}
+    return token_logprobs(hidden, weight, targets, **form)
 
 
-def head_statistics(network: Any, hidden: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def head_statistics(
+    network: Any, hidden: Tensor, *, temperature: float = 1.0, support: Support | None = None
+) -> tuple[Tensor, Tensor]:
     """`logit_statistics` of the model's head as it stands: hidden [N, H] -> [N], [N]."""
     weight, form = _head(network, hidden)
-    return logit_statistics(hidden, weight, **form, temperature=temperature)
+    return logit_statistics(hidden, weight, **form, temperature=temperature, support=tensors_of(support))
+
+
+def readout(network: Any, hidden: Tensor) -> Readout:
+    """Hidden states [N, H] with the model's head as it stands, for `full_kl`."""
+    weight, form = _head(network, hidden)
+    return Readout(hidden, weight, **form)
+
+
+def tensors_of(support: Support | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As the operations take it."""
+    return None if support is None else (support.kept, support.counts, support.banned)
 
 
 def _head(network: Any, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:

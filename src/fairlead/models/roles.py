@@ -19,9 +19,10 @@ from fairlead.models.adapters import StartAdapter, activate, adapter_parameters,
 from fairlead.models.attention import Forest
 from fairlead.models.forms import Forms, ValueTrunk
 from fairlead.models.heads import ScalarHead, trunk_width
-from fairlead.models.lm_head import head_logprobs, head_statistics
+from fairlead.models.lm_head import head_logprobs, head_statistics, readout, tensors_of
 from fairlead.models.load import Base
 from fairlead.models.offload import offloaded
+from fairlead.ops.logprobs import Readout, full_kl
 from fairlead.types import Outputs, ReferenceUse, TokenBatch
 
 
@@ -203,8 +204,7 @@ class Models(nn.Module):
         """Compute the fields ``needs`` names, of those of `Outputs`, for the role in use."""
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
-        kind, dtype = batch.input_ids.device.type, self._autocast
-        with kept, torch.autocast(kind, dtype or torch.bfloat16, dtype is not None):
+        with kept, self.autocast():
             hidden = self._trunk(network, batch)
         outputs: dict[str, Tensor] = {}
         if needs - {"scores"}:
@@ -213,13 +213,18 @@ class Models(nn.Module):
             if needs & {"logprobs", "entropy"}:
                 targets, with_entropy = batch.input_ids[rows, columns], "entropy" in needs
                 logprobs, entropy = head_logprobs(
-                    network, before, targets, temperature=temperature, with_entropy=with_entropy
+                    network,
+                    before,
+                    targets,
+                    temperature=temperature,
+                    with_entropy=with_entropy,
+                    support=batch.support,
                 )
                 outputs["logprobs"] = _spread(logprobs, batch, rows, columns)
                 if with_entropy:
                     outputs["entropy"] = _spread(entropy, batch, rows, columns)
             if needs & {"collision", "mean_logit"}:
-                found = head_statistics(network, before.detach(), temperature=temperature)
+                found = head_statistics(network, before.detach(), temperature=temperature, support=batch.support)
                 for name, values in zip(("collision", "mean_logit"), found, strict=True):
                     outputs[name] = _spread(values, batch, rows, columns)
             if "values" in needs:
@@ -228,6 +233,25 @@ class Models(nn.Module):
         if "scores" in needs:
             outputs["scores"] = self.heads["reward"](hidden.flatten(0, 1)[batch.sequence_ends])
         return Outputs(**outputs)
+
+    @torch.no_grad()
+    def divergence(self, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+        """KL(policy || reference) of the whole distributions that the counted tokens were drawn from, over their
+        support where they have one -> [B, T] in nats, zero off the mask."""
+        rows, columns = batch.loss_mask.nonzero(as_tuple=True)
+        found: list[Readout] = []
+        for role in ("policy", "reference"):
+            with self.use(role):
+                network = self.active_network()
+                with self.autocast():
+                    hidden = self._trunk(network, batch)
+                found.append(readout(network, hidden[rows, batch.previous[rows, columns]]))
+        kl = full_kl(*found, temperature=temperature, support=tensors_of(batch.support))
+        return _spread(kl, batch, rows, columns)
+
+    def autocast(self) -> torch.autocast:
+        """In which type the trunk's layers multiply."""
+        return torch.autocast(self.device.type, self._autocast or torch.bfloat16, self._autocast is not None)
 
     def _trunk(self, network: Any, batch: TokenBatch) -> Tensor:
         """Last hidden states [B, T, H]."""

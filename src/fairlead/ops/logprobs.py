@@ -10,6 +10,10 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in fp32."""
 
+Support = tuple[Tensor, Tensor, Tensor]
+"""What a token could be, where it was less than the vocabulary: the ids of one row after the other [M], how many of
+them are each row's [N] (0: the whole vocabulary), and one id that it could not be [N] (-1: none)."""
+
 
 class _Form(NamedTuple):
     """How logits come from hidden @ weight.T + bias."""
@@ -17,6 +21,17 @@ class _Form(NamedTuple):
     scale: float
     cap: float | None
     temperature: float
+
+
+class Readout(NamedTuple):
+    """Hidden states [N, H] and the head that makes logits of them, as `token_logprobs` takes them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
 
 def token_logprobs(
@@ -30,6 +45,7 @@ def token_logprobs(
     cap: float | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy, with
 
@@ -37,13 +53,14 @@ def token_logprobs(
         raw    = scale * (hidden @ weight.T + reduced @ up.T + bias)
 
     ``hidden`` [N, H], ``weight`` [V, H], ``targets`` [N], ``bias`` [V], ``low_rank`` = (reduced [N, r], up [V, r]) an
-    adapter on the head -> logprobs [N], entropy [N] in nats (an empty tensor unless asked for). Computed in max(fp32,
-    input dtype); differentiable in every float tensor; the backward pass recomputes the logits, so memory is one chunk
-    of at most CHUNK_ELEMENTS logits, two with a cap.
+    adapter on the head -> logprobs [N], entropy [N] in nats (an empty tensor unless asked for). With ``support`` the
+    softmax is over each row's own tokens; a target that is none of them has -inf. Computed in max(fp32, input dtype);
+    differentiable in every float tensor; the backward pass recomputes the logits, so memory is one chunk of at most
+    CHUNK_ELEMENTS logits, two with a cap.
     """
     reduced, up = low_rank or (None, None)
-    form = _Form(scale, cap, temperature)
-    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, reduced, up, targets, form, with_entropy)
+    form, allowed = _Form(scale, cap, temperature), _Allowed.of(support)
+    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, reduced, up, targets, form, allowed, with_entropy)
 
 
 @torch.no_grad()
@@ -56,18 +73,46 @@ def logit_statistics(
     scale: float = 1.0,
     cap: float | None = None,
     temperature: float = 1.0,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log sum_v p_v^2 and the mean logit over the vocabulary, [N] each, of the logits of `token_logprobs`, chunk by
-    chunk and without gradient."""
+    """log sum_v p_v^2 and the mean logit over the vocabulary, or over each row's support, [N] each, of the logits of
+    `token_logprobs`, chunk by chunk and without gradient."""
     reduced, up = low_rank or (None, None)
-    form, kind = _Form(scale, cap, temperature), _wide(hidden.dtype)
+    form, allowed, kind = _Form(scale, cap, temperature), _Allowed.of(support), _wide(hidden.dtype)
     collision, mean = (hidden.new_empty(hidden.shape[0], dtype=kind) for _ in range(2))
     for part in _chunks(hidden.shape[0], weight.shape[0]):
-        logits = _logits(part, hidden, weight, bias, reduced, up, form)
-        mean[part] = logits.mean(1)
+        logits = _restrict(_logits(part, hidden, weight, bias, reduced, up, form), part, allowed)
+        if allowed is None:
+            mean[part] = logits.mean(1)
+        else:
+            outside = logits == -torch.inf
+            mean[part] = logits.masked_fill(outside, 0.0).sum(1) / (~outside).sum(1)
         total = logits.logsumexp(1)
         collision[part] = logits.mul_(2).logsumexp(1) - 2 * total
     return collision, mean
+
+
+@torch.no_grad()
+def full_kl(policy: Readout, reference: Readout, *, temperature: float = 1.0, support: Support | None = None) -> Tensor:
+    """sum_v p_v (log p_v - log q_v) in nats, of the whole distributions p of the policy and q of the reference at one
+    temperature, over one support -> [N] in max(fp32, input dtype). Two chunks of logits exist at once, together of at
+    most CHUNK_ELEMENTS; without gradient."""
+    rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
+    allowed = _Allowed.of(support)
+    kl = policy.hidden.new_empty(rows, dtype=_wide(policy.hidden.dtype))
+    for part in _chunks(rows, 2 * vocabulary):
+        own, other = (_log_softmax(part, each, temperature, allowed) for each in (policy, reference))
+        ratio = torch.sub(own, other, out=other)
+        probs = own.exp_()
+        kl[part] = ratio.mul_(probs).masked_fill_(probs == 0, 0.0).sum(1)
+    return kl
+
+
+def _log_softmax(part: slice, each: Readout, temperature: float, allowed: _Allowed | None) -> Tensor:
+    reduced, up = each.low_rank or (None, None)
+    form = _Form(each.scale, each.cap, temperature)
+    logits = _restrict(_logits(part, each.hidden, each.weight, each.bias, reduced, up, form), part, allowed)
+    return logits.sub_(logits.logsumexp(1, keepdim=True))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -81,6 +126,7 @@ class _TokenLogprobs(torch.autograd.Function):
         up: Tensor | None,
         targets: Tensor,
         form: _Form,
+        allowed: _Allowed | None,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, kind = hidden.shape[0], _wide(hidden.dtype)
@@ -92,6 +138,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(rows, weight.shape[0]):
             logits = _logits(part, hidden, weight, bias, reduced, up, form)
             bend = _bend(logits, form) if pulls is not None else None
+            _restrict(logits, part, allowed)
             chosen = logits.gather(1, targets[part, None])[:, 0]
             if with_entropy:
                 total = logits.logsumexp(1)
@@ -107,7 +154,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     torch.mm(_through(slope, form, bend).to(hidden.dtype), weight, out=pulls[part])
             log_total[part] = total
             logprobs[part] = chosen - total
-        ctx.frozen, ctx.form, ctx.with_entropy = frozen, form, with_entropy
+        ctx.frozen, ctx.form, ctx.allowed, ctx.with_entropy = frozen, form, allowed, with_entropy
         if frozen:
             ctx.save_for_backward(pulls)
         else:
@@ -119,7 +166,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = gradients
         if ctx.frozen:
             (pulls,) = ctx.saved_tensors
-            return (pulls * grad_logprobs[:, None].to(pulls.dtype), *[None] * 7)
+            return (pulls * grad_logprobs[:, None].to(pulls.dtype), *[None] * 8)
         hidden, weight, bias, reduced, up, targets, log_total, entropy = ctx.saved_tensors
         inputs = (hidden, weight, bias, reduced, up)
         wanted = [t if wants else None for t, wants in zip(inputs, ctx.needs_input_grad, strict=False)]
@@ -132,7 +179,7 @@ class _TokenLogprobs(torch.autograd.Function):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
             logits = _logits(part, *inputs, ctx.form)
             bend = _bend(logits, ctx.form)
-            logits.sub_(log_total[part, None])
+            _restrict(logits, part, ctx.allowed).sub_(log_total[part, None])
             pull = grad_logprobs[part, None]
             if ctx.with_entropy:
                 probs = logits.exp()
@@ -153,12 +200,44 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_up is not None:
                 grad_up.addmm_(slope.t(), reduced[part].to(slope.dtype))
         found = (grad_hidden, grad_weight, grad_bias, grad_reduced, grad_up)
-        return (
-            *(None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)),
-            None,
-            None,
-            None,
-        )
+        return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), *[None] * 4)
+
+
+class _Allowed(NamedTuple):
+    """A support, and where each row's tokens stand in it."""
+
+    rows: Tensor
+    """[M] the row of each token kept."""
+    kept: Tensor
+    starts: list[int]
+    """Of each row in ``kept``, and the end."""
+    cut: Tensor
+    """[N] bool"""
+    banned: Tensor
+
+    @classmethod
+    def of(cls, support: Support | None) -> _Allowed | None:
+        if support is None:
+            return None
+        kept, counts, banned = support
+        index = torch.arange(len(counts), device=counts.device)
+        rows = torch.repeat_interleave(index, counts, output_size=len(kept))
+        return cls(rows, kept, [0, *cast(Any, counts.cumsum(0)).tolist()], counts > 0, banned)
+
+
+def _restrict(logits: Tensor, part: slice, allowed: _Allowed | None) -> Tensor:
+    """-inf, in place, at what the rows of ``part`` could not be."""
+    if allowed is None:
+        return logits
+    first, last = cast(tuple[int, int], (part.start, part.stop))
+    span = slice(allowed.starts[first], allowed.starts[last])
+    rows, kept = allowed.rows[span] - first, allowed.kept[span]
+    values = logits[rows, kept]
+    logits.masked_fill_(allowed.cut[part, None], -torch.inf)
+    logits[rows, kept] = values
+    banned = allowed.banned[part, None]
+    column = banned.clamp(min=0)
+    return logits.scatter_(1, column, logits.gather(1, column).masked_fill_(banned >= 0, -torch.inf))
 
 
 def _bend(logits: Tensor, form: _Form) -> Tensor | None:

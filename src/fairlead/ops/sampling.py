@@ -37,21 +37,34 @@ def permutation(key: int, length: int) -> list[int]:
     return cast(Any, order).tolist()
 
 
-def sample_tokens(logits: Tensor, key: int, items: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def token_uniforms(key: int, items: Tensor, tokens: Tensor) -> Tensor:
+    """The two uniforms that draw each (item, token), stacked: [...] -> [2, ...]."""
+    return torch.stack([keyed_uniform(key, items, tokens, draw) for draw in (0, 1)])
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits). ``logits`` [R, V] (already divided by the temperature; -inf: never),
-    ``items``, ``tokens`` [R] -> (token ids [R], their log-probabilities [R] in max(fp32, input dtype))."""
+    ``uniforms`` [2, R] -> (token ids [R], their log-probabilities [R] in max(fp32, input dtype))."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows, vocabulary = logits.shape
-    log_total = logits.logsumexp(1)
-    weights = torch.exp(logits - log_total[:, None])
+    peak = logits.amax(1, keepdim=True)
+    weights = (logits - peak).exp_()
     blocks = -(-vocabulary // BLOCK)
     if blocks * BLOCK != vocabulary:
         weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary))
     weights = weights.view(rows, blocks, BLOCK)
-    block = _inverse_cdf(weights.sum(2), keyed_uniform(key, items, tokens, 0))
+    mass = weights.sum(2)
+    block = _inverse_cdf(mass, uniforms[0])
     inside = weights[torch.arange(rows, device=logits.device), block]
-    token = block * BLOCK + _inverse_cdf(inside, keyed_uniform(key, items, tokens, 1))
+    token = block * BLOCK + _inverse_cdf(inside, uniforms[1])
+    log_total = mass.sum(1).log_() + peak[:, 0]
     return token, logits.gather(1, token[:, None])[:, 0] - log_total
+
+
+def kept_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What `keep_top` left: the ids of one row after the other [M], and how many are each row's [R]."""
+    left = logits > -torch.inf
+    return left.nonzero()[:, 1], left.sum(1)
 
 
 def keep_top(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

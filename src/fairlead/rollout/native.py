@@ -6,98 +6,115 @@ of the distribution drawn from, in fp32, at the sampling temperature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairlead.data.render import Renderer
-from fairlead.models.lm_head import last_logits
 from fairlead.models.roles import Models
-from fairlead.ops.sampling import keep_top, sample_tokens, stream_key
-from fairlead.rollout.cache import decoding_cache
+from fairlead.ops.sampling import kept_tokens, sample_tokens, stream_key, token_uniforms
+from fairlead.rollout.cache import survivors
+from fairlead.rollout.draws import Response, cuts, limits, rollout, shaped
+from fairlead.rollout.reader import Reader
+from fairlead.rollout.stops import Stops
 from fairlead.types import Prompt, Rollout, Sampling
 
 
 class NativeSampler:
-    """Samples from one role of the models. ``rows`` prompts are decoded together."""
+    """Samples from one role of the models. ``rows`` responses are decoded together."""
 
     def __init__(self, models: Models, renderer: Renderer, *, role: str = "policy", rows: int = 64) -> None:
         self._models, self._renderer, self._role, self._rows = models, renderer, role, rows
 
     def generate(
-        self, prompts: Sequence[Prompt], *, sampling: Sampling, key: tuple[int | str, ...], first_item: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: Sampling,
+        key: tuple[int | str, ...],
+        first_item: int = 0,
+        num_samples: int = 1,
     ) -> list[Rollout]:
         rollouts: list[Rollout] = []
-        ids = self._renderer.prompt_ids(prompts)
-        with torch.no_grad(), self._models.use(self._role):
-            network = self._models.active_network()
-            was_training = network.training
-            network.eval()
-            try:
-                for start in range(0, len(prompts), self._rows):
-                    chunk = slice(start, start + self._rows)
-                    decoded = self._decode(network, ids[chunk], sampling, stream_key(*key), first_item + start)
-                    for prompt, prompt_ids, (tokens, logprobs) in zip(prompts[chunk], ids[chunk], decoded, strict=True):
-                        finished = tokens[-1] == self._renderer.eos
-                        text = self._renderer.decode(tokens)
-                        rollouts.append(Rollout(prompt, prompt_ids, tuple(tokens), tuple(logprobs), finished, text))
-            finally:
-                network.train(was_training)
+        ids, stream, device = self._renderer.prompt_ids(prompts), stream_key(*key), self._models.device
+        number = len(prompts) * num_samples
+        with torch.no_grad(), decoding(self._models, self._role) as network:
+            for start in range(0, number, self._rows):
+                items = torch.arange(start, min(start + self._rows, number))
+                owner = items // num_samples
+                first, last = int(owner[0]), int(owner[-1])
+                reader = Reader(
+                    self._models, network, ids[first : last + 1], (owner - first).to(device), sampling.max_new_tokens
+                )
+                drawn = self._decode(reader, stream, (items + first_item * num_samples).to(device), sampling)
+                rollouts += [
+                    rollout(self._renderer, sampling, prompts[i], ids[i], response)
+                    for i, response in zip(owner.tolist(), drawn, strict=True)
+                ]
         return rollouts
 
-    def _decode(
-        self, network: Any, prompts: Sequence[tuple[int, ...]], sampling: Sampling, key: int, first_item: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """Response ids and their log-probabilities for each prompt."""
-        device = self._models.device
-        width, rows = max(map(len, prompts)), len(prompts)
-        pad = self._renderer.eos
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        seen = torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts], device=device)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
-        cache = decoding_cache(network, width + sampling.max_new_tokens, own=self._models.forest)
-        alive = torch.arange(rows, device=device)
-        responses: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        for t in range(sampling.max_new_tokens):
-            logits = self._last_logits(network, input_ids, seen, positions, cache) / sampling.temperature
-            if sampling.top_k or sampling.top_p < 1.0:
-                logits = keep_top(logits, top_k=sampling.top_k, top_p=sampling.top_p)
-            tokens, drawn = sample_tokens(logits, key, alive + first_item, torch.full_like(alive, t))
-            for row, token, logprob in zip(alive.tolist(), tokens.tolist(), drawn.tolist(), strict=True):
-                if not responses[row] or responses[row][-1] != self._renderer.eos:
-                    responses[row].append(token)
-                    logprobs[row].append(logprob)
-            done = torch.tensor([responses[row][-1] == self._renderer.eos for row in alive.tolist()], device=device)
-            if bool(done.all()):
-                break
-            if int(done.sum()) * 8 >= len(alive):
-                keep = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                alive, tokens, seen, positions = alive[keep], tokens[keep], seen[keep], positions[keep]
-            input_ids = tokens[:, None]
-            positions = positions[:, -1:] + 1
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-        return list(zip(responses, logprobs, strict=True))
-
-    def _last_logits(self, network: Any, input_ids: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits of the next token [R, V] in max(fp32, dtype), scaled and capped as the family does."""
-        hidden = network.get_decoder()(
-            input_ids=input_ids,
-            position_ids=positions,
-            attention_mask=_mask(seen, input_ids.shape[1]) if self._models.forest else seen.long(),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        return last_logits(network, hidden)
+    def _decode(self, reader: Reader, key: int, items: Tensor, sampling: Sampling) -> list[Response]:
+        """A response for each of the items [R], in their order."""
+        longest, eos = sampling.max_new_tokens, self._renderer.eos
+        index = torch.arange(longest, device=items.device).expand(len(items), longest)
+        uniforms = token_uniforms(key, items[:, None].expand_as(index), index)
+        ends, rows = limits(key, items, sampling), torch.arange(len(items), device=items.device)
+        stops, record = Stops(self._renderer, sampling.stop, len(items)), _Record()
+        logits = reader.prompts()
+        for t in range(longest):
+            logits = shaped(logits, sampling, eos, len(rows) if t < sampling.min_new_tokens else 0)
+            tokens, logprobs = sample_tokens(logits, uniforms[:, rows, t])
+            record.add(rows, tokens, logprobs, logits if cuts(sampling) else None)
+            done = (tokens == eos) | (ends[rows] == t + 1)
+            if sampling.stop:
+                done |= torch.tensor(stops.add(rows.tolist(), tokens.tolist()), device=done.device)
+            if bool(done.any()):
+                order = survivors(done)
+                if not len(order):
+                    break
+                reader.keep(order)
+                rows, tokens = rows[order], tokens[order]
+            logits = reader.next(tokens)
+        return record.responses(len(items), stops.stopped)
 
 
-def _mask(seen: Tensor, queries: int) -> Tensor:
-    """[R, 1, queries, keys] bool: causal, padding unseen; padding sees itself, so that no row is empty."""
-    keys = seen.shape[1]
-    if queries == 1:
-        return seen[:, None, None]
-    square = torch.ones(queries, keys, dtype=torch.bool, device=seen.device).tril(keys - queries)
-    return (square & seen[:, None])[:, None] | torch.eye(queries, keys, dtype=torch.bool, device=seen.device)
+@contextmanager
+def decoding(models: Models, role: str) -> Iterator[Any]:
+    """The network of a role, ready to decode, and as it was afterwards."""
+    # The outer autocast lasts, so that weights are cast once, not for every token; only the trunk computes in it.
+    with models.use(role), models.autocast(), torch.autocast(models.device.type, enabled=False):
+        network = models.active_network()
+        was_training = network.training
+        network.eval()
+        try:
+            yield network
+        finally:
+            network.train(was_training)
+
+
+class _Record:
+    """What was drawn, left on the device until the last row is done."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, rows: Tensor, tokens: Tensor, logprobs: Tensor, cut: Tensor | None) -> None:
+        self._steps.append((rows, tokens, logprobs))
+        if cut is not None:
+            self._kept.append(kept_tokens(cut))
+
+    def responses(self, number: int, stopped: set[int]) -> list[Response]:
+        found = [Response(stopped=row in stopped) for row in range(number)]
+        rows, ids, logprobs = (torch.cat(each).tolist() for each in zip(*self._steps, strict=True))
+        for row, token, logprob in zip(rows, ids, logprobs, strict=True):
+            found[row].ids.append(token)
+            found[row].logprobs.append(logprob)
+        if self._kept:
+            kept, counts = (torch.cat(each) for each in zip(*self._kept, strict=True))
+            for row, part in zip(rows, kept.split(counts.tolist()), strict=True):
+                found[row].kept.append(tuple(part.tolist()))
+        return found
