@@ -122,6 +122,7 @@ def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: 
         reward=reward,
         separate=section.roles == "separate",
         reference=reference,
+        reward_heads=getattr(settings, "reward_heads", None),
         compared=algorithm.compares,
         gradient_checkpointing=section.gradient_checkpointing,
         offload_activations=section.offload_activations,

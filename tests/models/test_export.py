@@ -11,10 +11,13 @@ import torch
 
 from fairlead.config import AdapterSection
 from fairlead.data.pack import by_response, token_batch
+from fairlead.models.adapters import StartAdapter
 from fairlead.models.export import save_model
-from fairlead.models.load import load_causal
+from fairlead.models.heads import RewardHeads
+from fairlead.models.load import load_causal, read_meta
+from fairlead.models.merge import merge
 from fairlead.models.roles import Models
-from tests.models.test_adapters import saved_base
+from tests.models.test_adapters import load, saved_base
 from tests.tiny import TREES, base, models, scatter, separate
 
 
@@ -103,6 +106,113 @@ def test_a_reward_adapter_loads_in_peft_over_a_sequence_classifier_with_its_head
     meta = json.loads((tmp_path / "model" / "fairlead.json").read_text())
     assert (meta["template"], meta["role"]) == ("plain", "reward")
     assert meta["base"] == {"path": str(tmp_path / "base"), "sha256": digest, "quantize": None}
+
+
+HEADS = {
+    "one": None,
+    "ensemble": RewardHeads("ensemble", ("member_1", "member_2", "member_3"), "mean-minus-disagreement"),
+    "attributes": RewardHeads("attributes", ("kind", "right"), weights=(2.0, -1.0)),
+}
+
+
+def _head_scores(made) -> torch.Tensor:
+    with torch.no_grad(), made.use("reward"):
+        return made(token_batch(REWARDED, packed=True, pad_id=0), frozenset({"scores"})).head_scores
+
+
+def _plain_head_scores(classifier) -> torch.Tensor:
+    rows = [[*tree.prompt, *tree.responses[0]] for tree in separate(REWARDED)]
+    with torch.no_grad():
+        return torch.stack([classifier.eval()(torch.tensor([row])).logits[0] for row in rows])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_several_heads_load_as_the_labels_of_a_sequence_classifier(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    heads = HEADS[kind]
+    made = models(("reward",), reward_heads=heads)
+    scatter(made)
+    save_model(made, tmp_path / "model", template="plain")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(_plain_head_scores(loaded), _head_scores(made), atol=1e-5, rtol=0)
+    names = ["reward"] if heads is None else list(heads.names)
+    assert loaded.config.num_labels == len(names)
+    assert loaded.config.id2label == dict(enumerate(names))
+    meta = json.loads((tmp_path / "model" / "fairlead.json").read_text())
+    wanted = {
+        "one": {},
+        "ensemble": {
+            "heads": {
+                "kind": "ensemble",
+                "names": ["member_1", "member_2", "member_3"],
+                "combine": "mean-minus-disagreement",
+                "weights": None,
+            }
+        },
+        "attributes": {
+            "heads": {"kind": "attributes", "names": ["kind", "right"], "combine": "mean", "weights": [2.0, -1.0]}
+        },
+    }
+    assert meta == {"template": "plain", "role": "reward"} | wanted[kind]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["ensemble", "attributes"])
+def test_an_adapter_with_several_heads_loads_in_transformers_in_peft_and_as_a_role(
+    kind: str, architecture: str, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    heads = HEADS[kind]
+    assert heads is not None
+    start = saved_base(tmp_path / "base", architecture=architecture)
+    made = Models(start, ("reward",), adapter=AdapterSection(rank=4), reward_heads=heads)
+    scatter(made, 0.2)
+    save_model(made, tmp_path / "model", template="plain")
+    wanted = _head_scores(made)
+    labels = {"num_labels": len(heads.names), "id2label": dict(enumerate(heads.names))}
+    direct = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", **labels)
+    torch.testing.assert_close(_plain_head_scores(direct), wanted, atol=1e-5, rtol=0)
+    assert direct.config.id2label == labels["id2label"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **labels)
+    by_peft = PeftModel.from_pretrained(classifier, str(tmp_path / "model"))
+    torch.testing.assert_close(_plain_head_scores(by_peft), wanted, atol=1e-5, rtol=0)
+    role = Models(load(tmp_path / "base"), (), reward=StartAdapter.read(tmp_path / "model"))
+    assert role.reward_heads == heads
+    torch.testing.assert_close(_scores(role), heads.combined(wanted), atol=1e-5, rtol=0)
+
+
+def test_a_value_that_starts_as_several_heads_starts_at_their_mean(tmp_path: Path) -> None:
+    start = saved_base(tmp_path / "base")
+    made = Models(start, ("reward",), adapter=AdapterSection(rank=4), reward_heads=HEADS["attributes"])
+    scatter(made, 0.2)
+    save_model(made, tmp_path / "model", template="plain")
+    role = Models(
+        load(tmp_path / "base"),
+        ("policy", "value"),
+        adapter=AdapterSection(rank=4),
+        value_trunk="adapter",
+        value_start="reward",
+        reward=StartAdapter.read(tmp_path / "model"),
+    )
+    kind, right = made.heads["reward"].get_parameter("linear.weight").detach()
+    torch.testing.assert_close(role.heads["value"].get_parameter("linear.weight").detach()[0], 2 * kind - right)
+
+
+def test_a_merged_adapter_keeps_the_names_of_its_heads(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    start = saved_base(tmp_path / "base")
+    made = Models(start, ("reward",), adapter=AdapterSection(rank=4), reward_heads=HEADS["ensemble"])
+    scatter(made, 0.2)
+    save_model(made, tmp_path / "model", template="plain")
+    merge(str(tmp_path / "model"), tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(_plain_head_scores(merged), _head_scores(made), atol=1e-5, rtol=0)
+    assert merged.config.id2label == {0: "member_1", 1: "member_2", 2: "member_3"}
+    assert RewardHeads.read(read_meta(tmp_path / "out"), 3, "out") == HEADS["ensemble"]
 
 
 def test_what_the_value_has_of_its_own_is_saved_beside_the_policy(tmp_path: Path) -> None:

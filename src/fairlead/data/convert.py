@@ -20,6 +20,8 @@ PLURALS: dict[RecordType, str] = {
 
 def _best_and_worst(record: Ranking) -> list[Record] | str:
     scores = record.scores
+    if len(record.responses) < 2:
+        return "fewer than two answers"
     if scores is not None and scores[0] == scores[-1]:
         return "tie"
     margin = None if scores is None else scores[0] - scores[-1]

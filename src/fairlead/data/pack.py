@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fairlead.data.render import Tree
+from fairlead.ops.scores import attribute_pairs
 from fairlead.types import LabelledBatch, PreferenceBatch, RankingBatch, RolloutBatch, TokenBatch
 
 PADDED_TOGETHER = 32
@@ -222,9 +223,10 @@ def ranking_batch(
     packed: bool,
     pad_id: int,
     ratings: Sequence[Sequence[float]] | None = None,
+    attributes: Sequence[Tensor] | None = None,
 ) -> RankingBatch:
     """Rankings: the responses of each tree stand best first; those of one level are tied. Every pair that is no tie is
-    a pair of the batch; its margin is the difference of the ratings."""
+    a pair of the batch; its margin is the difference of the ratings. ``attributes``: [responses, K] a ranking."""
     fields = token_fields(trees, packed=packed, pad_id=pad_id)
     level = [each for ranking in levels for each in ranking]
     group = [g for g, ranking in enumerate(levels) for _ in ranking]
@@ -234,21 +236,29 @@ def ranking_batch(
         for j in range(i + 1, len(level))
         if group[i] == group[j] and level[i] < level[j]
     ]
-    chosen, rejected = torch.tensor(pairs).reshape(-1, 2).T
+    chosen, rejected = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     rating = None if ratings is None else torch.tensor([float(each) for ranking in ratings for each in ranking])
     fields["counts"] |= {
         "pair": float(len(pairs)),
         "ranking": float(len(trees)),
         "chosen_token": float(sum(len(tree.responses[0]) for tree in trees)),
     }
+    groups, judged = torch.tensor(group), None if attributes is None else torch.cat(list(attributes))
+    if judged is not None:
+        better, _, attribute = attribute_pairs(judged, groups)
+        fields["counts"] |= {
+            "attribute_rating": float((~judged.isnan()).sum()),
+            "attribute_ranking": float((groups[better] * judged.shape[1] + attribute).unique().numel()),
+        }
     return RankingBatch(
         **fields,
         chosen=chosen,
         rejected=rejected,
         margin=None if rating is None else rating[chosen] - rating[rejected],
-        group=torch.tensor(group),
+        group=groups,
         level=torch.tensor(level),
         rating=rating,
+        attributes=judged,
     )
 
 

@@ -220,15 +220,22 @@ def _refusal(row: Row, held: Format, record: RecordType) -> DataError:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with its columns under the names of the fields they hold; what had such a name before gives way."""
+    """The row with its columns under the names of the fields they hold; what had such a name before gives way.
+    ``attributes.clear`` is ``clear`` in the field ``attributes``."""
+    fields: dict[str, Any] = {}
     for field, column in columns.items():
         if column not in row.data:
             raise DataError(
                 f"{row.place}: there is no column {column!r}, which data.columns names for {field}",
                 f"the row has: {', '.join(row.data) or 'none'}",
             )
-    rest = {name: value for name, value in row.data.items() if name not in {*columns.values(), *columns}}
-    return replace(row, data={**{field: row.data[column] for field, column in columns.items()}, **rest})
+        outer, _, inner = field.partition(".")
+        if inner:
+            fields[outer] = {**fields.get(outer, {}), inner: row.data[column]}
+        else:
+            fields[field] = row.data[column]
+    rest = {name: value for name, value in row.data.items() if name not in {*columns.values(), *fields}}
+    return replace(row, data={**fields, **rest})
 
 
 def _texts(record: Record) -> Iterator[str]:

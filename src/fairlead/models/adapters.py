@@ -294,17 +294,16 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def saved_score(folder: Path) -> Tensor:
-    """The head [1, H] of a reward saved as an adapter. Raises ModelError where it lacks one, or has several labels."""
+    """The head [K, H] of a reward saved as an adapter. Raises ModelError where it lacks one."""
     found = saved_weights(folder).get(SCORE)
-    if found is None or found.shape[0] != 1:
-        what = "lacks its score head" if found is None else f"has {found.shape[0]} labels; a reward model has one"
-        raise ModelError(f"{folder} {what}", hint="give the run of a reward stage")
+    if found is None:
+        raise ModelError(f"{folder} lacks its score head", hint="give the run of a reward stage")
     return found
 
 
 def save_adapter(wrapped: Any, name: str, folder: Path, *, score: Tensor | None = None) -> None:
-    """One adapter as peft saves it, for a plain load over its base; with ``score`` [1, H], the head of a reward, for
-    a sequence classifier of one label over it."""
+    """One adapter as peft saves it, for a plain load over its base; with ``score`` [K, H], the head of a reward, for
+    a sequence classifier of so many labels over it."""
     from safetensors.torch import save_file
 
     config = copy.copy(wrapped.peft_config[name])

@@ -12,15 +12,16 @@ from torch import Tensor
 from fairlead.errors import ModelError
 from fairlead.models.adapters import save_adapter
 from fairlead.models.attention import NAME
+from fairlead.models.heads import labels_of
 from fairlead.models.identity import weights_sha256
 from fairlead.models.load import META
 from fairlead.models.roles import Models
 
 
 def save_model(models: Models, folder: Path, *, template: str, eos: int | None = None) -> None:
-    """The trained role: all its weights as a causal language model, or as a sequence classifier with its head; or its
-    adapter as peft saves it, a reward's with its head. What a value has of its own stands beside. ``folder`` is written
-    as a whole by the caller's rename. ``eos`` ends a response, where it is not the tokenizer's end of sequence:
+    """The trained role: all its weights as a causal language model, or as a sequence classifier with its heads; or its
+    adapter as peft saves it, a reward's with its heads. What a value has of its own stands beside. ``folder`` is
+    written as a whole by the caller's rename. ``eos`` ends a response, where it is not the tokenizer's end of sequence:
     generation stops at either."""
     folder.mkdir(parents=True)
     causal, role = models.causal, models.main
@@ -41,6 +42,8 @@ def save_model(models: Models, folder: Path, *, template: str, eos: int | None =
         causal.generation_config.eos_token_id = ends[0] if len(set(ends)) == 1 else ends
         causal.generation_config.save_pretrained(folder)
     meta: dict[str, Any] = {"template": template, "role": role}
+    if role == "reward" and models.reward_heads is not None:
+        meta["heads"] = models.reward_heads.as_dict()
     if models.is_peft:
         meta["base"] = {
             "path": models.origin or causal.name_or_path or None,
@@ -72,16 +75,11 @@ def _plain_config(config: Any) -> None:
 
 
 def _classifier(models: Models, score: Tensor) -> Any:
-    """A transformers sequence classifier of one label that gives the scores of the reward role."""
+    """A transformers sequence classifier whose labels are the heads of the reward role."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     causal = models.causal
-    settings = causal.config.to_dict() | {
-        "num_labels": 1,
-        "id2label": {0: "reward"},
-        "label2id": {"reward": 0},
-        "use_cache": True,
-    }
+    settings = causal.config.to_dict() | labels_of(models.reward_heads) | {"use_cache": True}
     settings["pad_token_id"] = models.tokenizer.pad_token_id
     model_type = settings.pop("model_type")
     config = AutoConfig.for_model(model_type, **settings)

@@ -134,9 +134,8 @@ def describe(networks: Networks, base: Base, forms: Forms, roles: Iterable[str])
 
 def causal(network: Any) -> Any:
     """The causal language model without peft's wrapper around it."""
-    from peft import PeftModel
-
-    return network.get_base_model() if isinstance(network, PeftModel) else network
+    # Only the wrapper has this method; its class would take seconds to import where no adapter is.
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def _frozen_words(saved: StartAdapter, base: Base) -> str:

@@ -18,9 +18,9 @@ from fairlead.models import forms
 from fairlead.models.adapters import StartAdapter, activate, adapter_parameters, saved_score
 from fairlead.models.attention import Forest
 from fairlead.models.forms import Forms, ValueTrunk
-from fairlead.models.heads import ScalarHead, trunk_width
+from fairlead.models.heads import RewardHeads, ScalarHead, trunk_width
 from fairlead.models.lm_head import head_logprobs, head_statistics, readout, tensors_of
-from fairlead.models.load import Base
+from fairlead.models.load import Base, read_meta
 from fairlead.models.offload import offloaded
 from fairlead.ops.logprobs import Readout, full_kl
 from fairlead.types import Outputs, ReferenceUse, TokenBatch
@@ -34,6 +34,7 @@ class Models(nn.Module):
         roles: of policy, reference, reward, value. The policy is the one trained, or the reward where there is none.
         adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, reward, separate, reference:
             see `Forms`; with ``reward`` its role is added to the others.
+        reward_heads: those of a reward that has several and is trained; a saved one brings its own.
         compared: the roles' outputs are compared with one another, so dropout is off everywhere.
 
     Raises:
@@ -53,6 +54,7 @@ class Models(nn.Module):
         reward: StartAdapter | None = None,
         separate: bool = False,
         reference: ReferenceUse = "live",
+        reward_heads: RewardHeads | None = None,
         compared: bool = True,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
@@ -82,7 +84,7 @@ class Models(nn.Module):
         self.shared_reward = reward
         self._value_trunk, self._autocast, self._role, self._way = value_trunk, autocast, "", base.way
         wide = torch.promote_types(base.model.dtype, torch.float32)
-        self.heads = _heads(base.model, self.roles, form, wide, seed)
+        self.heads, self.reward_heads = _heads(base.model, self.roles, form, reward_heads, wide, seed)
         made = forms.build(base, roles, self.main, form, dtype=wide, seed=seed)
         self.network, self.reference, self.value = made.main, made.reference, made.value
         self.is_peft = bool(made.adapters)
@@ -231,7 +233,10 @@ class Models(nn.Module):
                 inputs = before.detach() if self._value_trunk == "detached" else before
                 outputs["values"] = _spread(self.heads["value"](inputs), batch, rows, columns)
         if "scores" in needs:
-            outputs["scores"] = self.heads["reward"](hidden.flatten(0, 1)[batch.sequence_ends])
+            scores = self.heads["reward"](hidden.flatten(0, 1)[batch.sequence_ends])
+            if self.reward_heads is not None:
+                outputs["head_scores"], scores = scores, self.reward_heads.combined(scores)
+            outputs["scores"] = scores
         return Outputs(**outputs)
 
     @torch.no_grad()
@@ -282,21 +287,26 @@ def _spread(values: Tensor, batch: TokenBatch, rows: Tensor, columns: Tensor) ->
     return values.new_zeros(batch.input_ids.shape).index_put((rows, columns), values)
 
 
-def _heads(model: Any, roles: Iterable[str], form: Forms, dtype: torch.dtype, seed: int) -> nn.ModuleDict:
-    """The scalar heads; that of a shared reward as it was saved, and frozen."""
-    width = trunk_width(model)
-    heads = {
-        role: ScalarHead(width, role=role, seed=seed, dtype=dtype).to(model.device)
-        for role in roles
-        if role in ("value", "reward")
-    }
+def _heads(
+    model: Any, roles: Iterable[str], form: Forms, several: RewardHeads | None, dtype: torch.dtype, seed: int
+) -> tuple[nn.ModuleDict, RewardHeads | None]:
+    """The heads by role, those of a shared reward as they were saved, and frozen; and ``several`` of this reward."""
+    width, score = trunk_width(model), None
     if form.reward is not None:
         score = saved_score(form.reward.path)
+        several = RewardHeads.read(read_meta(form.reward.path), len(score), form.reward.path)
+    outputs = {"value": 1, "reward": 1 if several is None else len(several.names)}
+    heads = {
+        role: ScalarHead(width, role=role, seed=seed, dtype=dtype, outputs=outputs[role]).to(model.device)
+        for role in roles
+        if role in outputs
+    }
+    if score is not None:
         heads["reward"].start_as(score)
         heads["reward"].requires_grad_(False)
         if form.value_start == "reward":
-            heads["value"].start_as(score)
-    return nn.ModuleDict(heads)
+            heads["value"].start_as(score if several is None else several.mean(score.T)[None])
+    return nn.ModuleDict(heads), several
 
 
 def _counts(network: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

@@ -1,4 +1,4 @@
-"""Losses of reward models, from scores."""
+"""Losses of reward models, from scores; what several heads agree on."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def plackett_luce(scores: Tensor, group: Tensor, level: Tensor, num_groups: int)
     last = torch.zeros_like(level).scatter_reduce(0, group, level, "amax", include_self=True)[group]
     losses = torch.where(level < last, among - scores, 0.0)
     return scores.new_zeros(num_groups).index_add(0, group, losses)
+
+
+def attribute_pairs(ratings: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each attribute every two responses of a group whose ratings are known and differ. ratings [S, A], nan where
+    not known, group [S] -> (the better one [P], the worse one [P], attribute [P])"""
+    together = (group[:, None] == group[None])[..., None]
+    better, worse, attribute = (together & (ratings[:, None] > ratings[None])).nonzero(as_tuple=True)
+    return better, worse, attribute
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """Standard deviation over the members of an ensemble, all that it has, so divided by K. [..., K] -> [...]
+
+    Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization" (2023), take its square.
+    """
+    return scores.std(-1, correction=0)

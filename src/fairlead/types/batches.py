@@ -83,6 +83,8 @@ class PreferenceBatch(TokenBatch):
     """[P] or none."""
     reference_logprobs: Tensor | None = None
     """[B, T] log-probabilities of the reference, zero off the mask; none where no reference is used."""
+    times: Tensor | None = field(default=None, kw_only=True)
+    """[P, K], of rankings [G, K]: how often each member of an ensemble counts it; none where each does once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +97,9 @@ class RankingBatch(PreferenceBatch):
     """[S] place in the ranking, from 0 for the best; equal places are ties."""
     rating: Tensor | None = None
     """[S] the score the data set gives, or none."""
+    attributes: Tensor | None = None
+    """[S, K] its score of each attribute, nan where it gives none. ``counts`` then also holds ``attribute_rating``, how
+    many it gives, and ``attribute_ranking``, how many times a ranking is none of ties by one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,8 +38,13 @@ class Outputs:
 
     @property
     def scores(self) -> Tensor:
-        """[S] the reward head at each sequence's last token."""
+        """[S] the reward head at each sequence's last token; of several heads what they are combined to."""
         return self._get("scores")
+
+    @property
+    def head_scores(self) -> Tensor:
+        """[S, K] each reward head."""
+        return self._get("head_scores") if self.has("head_scores") else self.scores[:, None]
 
     @property
     def collision(self) -> Tensor:

@@ -58,11 +58,13 @@ class Preference:
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """Responses to one prompt, best first; ``scores``, as many and falling, where the data set has them. Equal scores
-    are ties."""
+    are ties. One response alone is rated, not ranked."""
 
     prompt: Conversation
     responses: tuple[str, ...]
     scores: tuple[float, ...] | None = None
+    attributes: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict[str, tuple[float | None, ...]])
+    """Scores of each response by what is judged (helpful, harmless ...), none where one was not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 
+from fairlead.data.formats.attributes import ANSWERED, is_rated, parse_rated
 from fairlead.data.formats.base import Format, Notes, Parsed, RecordType, first, is_list_of
 from fairlead.data.formats.demonstrations import (
     PROMPTS,
@@ -192,6 +193,14 @@ FORMATS: dict[str, Format] = {
             Demonstration,
             ("input", "output"),
             several("input", "output"),
+        ),
+        Format(
+            "rated",
+            "a prompt and one answer with scores by attribute, as HelpSteer has them",
+            Ranking,
+            (PROMPTS, ANSWERED, "attributes|helpfulness"),
+            parse_rated,
+            is_rated,
         ),
         Format(
             "mt-bench",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from fairlead.data.formats.attributes import attributes_of, mean_scores
 from fairlead.data.formats.base import Data, Notes, Parsed, Parser, first, number, string, wrong
 from fairlead.data.formats.demonstrations import PROMPTS, read_conversation
 from fairlead.data.formats.transcripts import read_transcript, style_of
@@ -116,7 +117,8 @@ def is_ranking(data: Data) -> bool:
 
 
 def parse_ranking(row: Row, notes: Notes) -> Parsed:
-    """Answers with scores, in any order, with ranks (1 is best), or best first."""
+    """Answers with scores, in any order, with ranks (1 is best), or best first; scores by attribute beside them, whose
+    mean orders what has no score of its own."""
     prompt = read_conversation(row, RANKED, notes)
     name = first(row.data, ANSWERS)
     answers = cast(list[Any], row.data[name])
@@ -127,21 +129,29 @@ def parse_ranking(row: Row, notes: Notes) -> Parsed:
             raise wrong(row, key, f"a list of {len(answers)} numbers, one for each of {name}", scores)
     else:
         scores = [item.get(first(item, _ITEM_SCORE)) if isinstance(item, Mapping) else None for item in answers]
-    texts = ranked_answers(row)
+    texts, attributes = ranked_answers(row), attributes_of(row, answers)
+    if attributes and all(score is None for score in scores):
+        scores = mean_scores(attributes)
+        notes["ranked by the mean of its attributes"] += 1
     is_scored = any(score is not None for score in scores)
-    ranked: list[tuple[float, str]] = []
-    for text, score in zip(texts, scores, strict=True):
+    ranked: list[tuple[float, int]] = []
+    for index, (text, score) in enumerate(zip(texts, scores, strict=True)):
         if not text.strip():
             notes["empty answer of a ranking left out"] += 1
         elif is_scored and score is None:
             notes["answer of a ranking without a score left out"] += 1
         else:
             value = number(row, key or "score", score) if is_scored else 0.0
-            ranked.append((-value if key == "ranks" else value, text))
+            ranked.append((-value if key == "ranks" else value, index))
     if len(ranked) < 2:
         return "fewer than two answers"
     ranked.sort(key=lambda item: -item[0])  # stable: equal scores stay in the row's order
-    return Ranking(prompt, tuple(text for _, text in ranked), tuple(s for s, _ in ranked) if is_scored else None)
+    return Ranking(
+        prompt,
+        tuple(texts[index] for _, index in ranked),
+        tuple(score for score, _ in ranked) if is_scored else None,
+        {name: tuple(given[index] for _, index in ranked) for name, given in attributes.items()},
+    )
 
 
 def ranked_answers(row: Row) -> list[str]:

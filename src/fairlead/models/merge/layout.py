@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fairlead.errors import ModelError
+from fairlead.models.heads import RewardHeads, labels_of
+from fairlead.models.load import read_meta
 from fairlead.models.merge.deltas import Delta
 from fairlead.models.merge.source import Source
 from fairlead.models.merge.tensors import Tensors
@@ -43,9 +45,10 @@ class Layout:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if scores and source.deltas and (head := source.deltas[-1].shape("score.weight")) is not None:
-            config.num_labels = head[0]
-            if head[0] == 1:
-                config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+            config.num_labels, meta = head[0], read_meta(source.folder)
+            if head[0] == 1 or "heads" in meta:
+                for name, value in labels_of(RewardHeads.read(meta, head[0], source.folder)).items():
+                    setattr(config, name, value)
         model = _skeleton(config, scores)
         embedding, head = _embedding_and_head(model)
         tied = {embedding: head, head: embedding} if head and head not in dict(model.named_parameters()) else {}
