@@ -21,6 +21,7 @@ from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe
 from fairlead.config_resolve import ResolvedRecipe, flatten, load_recipe
 from fairlead.errors import RunError
+from fairlead.health.alarms import Alarms
 from fairlead.manifest import BudgetNote, fingerprints, write_manifest
 from fairlead.models.card import write_card
 from fairlead.models.export import save_model
@@ -126,7 +127,7 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
         try:
             stage, notes = assemble(recipe, algorithm, given, path, say=_say)
             source = algorithm.source(stage)
-            measure = algorithm.evaluation(stage) if stage.eval_records else dict
+            measure = algorithm.evaluation(stage) if stage.is_evaluated else dict
             notes = (*resolved.warnings, *notes)
             write_manifest(directory, stage, algorithm, inputs, notes)
             for note in notes:
@@ -156,11 +157,13 @@ def _train(
 ) -> RunResult:
     recipe, models = stage.recipe, stage.models
     optimizer = Optimizer(recipe.optim, models.trainable, source.num_steps)
-    best = recipe.train.best_metric or (algorithm.best if stage.eval_records else None)
+    best = recipe.train.best_metric or (algorithm.best if stage.is_evaluated else None)
     clock, log = Clock(), MetricsLog(directory, log_every=recipe.train.log_every, device=models.device.type)
+    stage.step = lambda: clock.step
     patience = Patience(best, recipe.train.patience)
     parts: dict[str, Any] = {"clock": clock, "source": source, "log": log}
-    parts |= {"budget": stage.budget, "patience": patience}
+    alarms = Alarms(directory, _say)
+    parts |= {"budget": stage.budget, "patience": patience, "alarms": alarms}
     scale = LossScale() if autocast_of(recipe.model, models.device) == torch.float16 else None
     if scale is not None:
         parts["loss_scale"] = scale
@@ -188,7 +191,7 @@ def _train(
     )
     console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
     samples, note = _Samples(directory, stage, source.num_steps), BudgetNote(directory, stage.budget)
-    observers: list[Observer] = [log, console, samples, note, patience, checkpointer]
+    observers: list[Observer] = [log, console, samples, note, alarms, patience, checkpointer]
     status = "failed"
     try:
         with stop_signals(checkpointer):

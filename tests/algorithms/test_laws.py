@@ -9,13 +9,13 @@ import pytest
 import torch
 from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
 
-from fairlead.algorithms import dpo, ppo, reward, sft
+from fairlead.algorithms import dpo, reward, sft
 from fairlead.algorithms.reference import measure
 from fairlead.algorithms.terms import nll
-from fairlead.data.pack import by_response, preference_batch, rollout_batch, token_batch
+from fairlead.data.pack import preference_batch, token_batch
 from fairlead.data.render import Tree
 from fairlead.ops.returns import gae
-from fairlead.rollout.experience import Experience, measure_tokens
+from fairlead.rollout.experience import measure_tokens
 from fairlead.training.loop import backward, total_counts
 from fairlead.types import Pass, Term
 
@@ -95,56 +95,6 @@ def test_gae_with_lambda_one_is_returns_minus_values() -> None:
     assert float(advantages[~inside].abs().sum()) == 0
 
 
-def _experience(made, trees) -> Experience:
-    tokens = measure_tokens(made, trees, temperature=1.0, budget=4096)
-    tokens["sampled_logprobs"] = tokens["behaviour_logprobs"]
-    scores = torch.tensor([0.3, -1.0, 2.0, 0.5][: len(trees)])
-    return Experience(list(trees), tokens, scores, torch.ones(len(trees), dtype=torch.bool))
-
-
-def _rollouts(trees, tokens, sequences, *, packed: bool):
-    return rollout_batch(trees, tokens, sequences, packed=packed, pad_id=0)
-
-
-def test_ppo_at_ratio_one_has_the_gradient_of_the_policy_gradient() -> None:
-    settings = ppo.Settings(value_coef=0.0)
-    made = models(("policy", "reference", "value"))
-    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
-    tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
-    metrics = backward(made, ppo.passes(settings), [_rollouts(trees, tokens, sequences, packed=True)])
-    got = gradients(made)
-    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-6)
-    assert metrics["policy/clip_fraction"] == 0
-    plain = models(("policy", "reference", "value"))
-    batch = token_batch(trees, packed=True, pad_id=0)
-    with plain.use("policy"):
-        rows = by_response(plain(batch, frozenset({"logprobs"})).logprobs, batch)
-    loss = -torch.stack([(a * row).sum() for a, row in zip(tokens["advantages"], rows, strict=True)]).sum()
-    (loss / sum(len(row) for row in rows)).backward()
-    wanted = gradients(plain)
-    assert (
-        relative_error(
-            {n: got[n] for n in wanted if "heads" not in n}, {n: g for n, g in wanted.items() if "heads" not in n}
-        )
-        < 1e-5
-    )
-
-
-@pytest.mark.parametrize("own_adapter", [False, True])
-def test_one_trunk_means_one_forward_an_update(own_adapter: bool) -> None:
-    settings = ppo.Settings(value=ppo.ValueSettings(trunk="adapter" if own_adapter else "policy"))
-    trunk = "adapter" if own_adapter else "shared"
-    made = models(("policy", "reference", "value"), lora=True, value_trunk=trunk)
-    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
-    tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
-    batch = _rollouts(trees, tokens, sequences, packed=True)
-    forwards: list[int] = []
-    hook = made.causal.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
-    backward(made, ppo.passes(settings), [batch])
-    hook.remove()
-    assert len(forwards) == (2 if own_adapter else 1)
-
-
 def _split(items, parts: int):
     return [items[i::parts] for i in range(parts)]
 
@@ -168,31 +118,6 @@ def test_a_mix_of_units_has_the_same_gradient_however_it_is_split(parts: int, pa
     assert split == pytest.approx(whole, abs=1e-12)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("packed", [True, False])
-def test_ppos_gradient_is_the_same_however_the_minibatch_is_split(parts: int, packed: bool) -> None:
-    settings = ppo.Settings(value_coef=0.5)
-    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
-
-    def run(groups, packed: bool):
-        made = models(("policy", "reference", "value"), dtype=torch.float64, architecture="opt")
-        tokens, sequences, _ = ppo.advantages(_experience(made, trees), settings)
-        scatter(made, 0.05)
-        batches = [
-            _rollouts(
-                [trees[i] for i in g],
-                {n: [rows[i] for i in g] for n, rows in tokens.items()},
-                {n: v[g] for n, v in sequences.items()},
-                packed=packed,
-            )
-            for g in groups
-        ]
-        backward(made, ppo.passes(settings), batches)
-        return gradients(made)
-
-    assert relative_error(run(_split([0, 1, 2, 3], parts), packed), run([[0, 1, 2, 3]], True)) < 1e-12
-
-
 def test_each_term_is_divided_by_the_global_count_of_its_own_unit() -> None:
     made = models(("policy",))
     batches = [_pairs(PAIRS[:1], None, packed=True), _pairs(PAIRS[1:], None, packed=True)]
@@ -201,23 +126,3 @@ def test_each_term_is_divided_by_the_global_count_of_its_own_unit() -> None:
     metrics = backward(made, (Pass("policy", terms, frozenset({"logprobs"})),), batches)
     total = metrics["loss/a"] * 34
     assert metrics["loss"] == pytest.approx(total / 34 + 2 * total / 8, rel=1e-6)
-
-
-def test_shaped_rewards_of_a_round_hold_the_kl_and_the_score_at_the_last_token() -> None:
-    trees = [Tree((5,), ((6, 7, 1),)), Tree((5,), ((8, 9),))]
-    tokens = {
-        "behaviour_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.0])],
-        "reference_logprobs": [torch.tensor([-1.5, -1.0, -0.5]), torch.tensor([-3.0, -1.0])],
-        "values": [torch.zeros(3), torch.zeros(2)],
-        "sampled_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.25])],
-    }
-    experience = Experience(trees, tokens, torch.tensor([2.0, 1.0]), torch.tensor([True, False]))
-    settings = ppo.Settings(kl_coef=0.1, gae_lambda=1.0, whiten_advantages=False, missing_eos_penalty=0.5)
-    ragged, _, metrics = ppo.advantages(experience, settings)
-    # rewards: [-0.05, +0.10, 2.0] and [-0.2, 0.5]; with zero values the advantage is the sum of what follows
-    torch.testing.assert_close(ragged["advantages"][0], torch.tensor([2.05, 2.10, 2.00]))
-    torch.testing.assert_close(ragged["advantages"][1], torch.tensor([0.30, 0.50]))
-    assert metrics["objective/kl"] == pytest.approx((-0.5 + 2.0) / 2)
-    assert metrics["objective/scores"] == 1.5
-    assert metrics["rollout/finished"] == 0.5
-    assert metrics["rollout/sampler_difference"] == 0.25

@@ -55,20 +55,21 @@ def test_a_packed_forest_by_hand() -> None:
 def test_a_padded_forest_by_hand() -> None:
     batch = token_batch(FOREST, packed=False, pad_id=PAD)
     assert columns(batch) == {
-        "input_ids": [[10, 11, 20, 21, 30], [40, 41, 42, PAD, PAD], [50, 60, PAD, PAD, PAD]],
-        "position_ids": [[0, 1, 2, 3, 2], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]],
-        "subtree_end": [[5, 5, 4, 4, 5], [3, 3, 3, 0, 0], [2, 2, 0, 0, 0]],
-        "previous": [[-1, 0, 1, 2, 1], [-1, 0, 1, -1, -1], [-1, 0, -1, -1, -1]],
+        "input_ids": [[10, 11, 20, 21], [10, 11, 30, PAD], [40, 41, 42, PAD], [50, 60, PAD, PAD]],
+        "position_ids": [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 0, 0]],
+        "subtree_end": [[4, 4, 4, 4], [3, 3, 3, 0], [3, 3, 3, 0], [2, 2, 0, 0]],
+        "previous": [[-1, 0, 1, 2], [-1, 0, 1, -1], [-1, 0, 1, -1], [-1, 0, -1, -1]],
         "loss_mask": [
-            [False, False, True, True, True],
-            [False, True, True, False, False],
-            [False, True, False, False, False],
+            [False, False, True, True],
+            [False, False, True, False],
+            [False, True, True, False],
+            [False, True, False, False],
         ],
-        "sequence_ids": [[-1, -1, 0, 0, 1], [2, 2, 2, -1, -1], [3, 3, -1, -1, -1]],
-        "sequence_ends": [3, 4, 7, 11],
+        "sequence_ids": [[0, 0, 0, 0], [1, 1, 1, -1], [2, 2, 2, -1], [3, 3, -1, -1]],
+        "sequence_ends": [3, 6, 10, 13],
     }
     assert batch.counts == {"token": 6.0, "sequence": 4.0}
-    assert (batch.num_sequences, batch.num_tokens) == (4, 10)
+    assert (batch.num_sequences, batch.num_tokens) == (4, 12)
 
 
 def test_the_types_are_those_a_model_takes() -> None:
@@ -122,7 +123,8 @@ def test_every_response_can_be_read_back_and_only_a_token_with_a_predecessor_cou
     batch = token_batch(forest, packed=packed, pad_id=PAD)
     responses = [(tree.prompt, response) for tree in forest for response in tree.responses]
     assert batch.num_sequences == len(responses)
-    assert batch.num_tokens == sum(tree.num_tokens for tree in forest)
+    read = forest if packed else [Tree(prompt, (response,)) for prompt, response in responses]
+    assert batch.num_tokens == sum(tree.num_tokens for tree in read)
     assert not (batch.loss_mask & (batch.previous < 0)).any()
     flat_ids, flat_owner = batch.input_ids.flatten(), batch.sequence_ids.flatten()
     for number, (prompt, response) in enumerate(responses):
@@ -154,7 +156,7 @@ def test_the_first_response_of_a_pair_is_the_chosen_one(packed: bool) -> None:
     ("packed", "wanted"),
     [
         (True, [[0, -1, -2, -3, 0, 0, -4, -5, -6, -7]]),
-        (False, [[0, -1, -2, -3, 0, 0], [0, 0, -4, -5, -6, -7]]),
+        (False, [[0, -1, -2, 0, 0], [0, -3, 0, 0, 0], [0, 0, -4, 0, 0], [0, 0, -5, -6, -7]]),
     ],
 )
 def test_reference_log_probabilities_stand_at_the_tokens_of_their_responses(packed: bool, wanted: list) -> None:
@@ -201,10 +203,7 @@ def test_per_token_tensors_of_rollouts_stand_at_their_tokens_and_come_back(packe
         name: [torch.tensor([float(t * 10**k) for t in tree.responses[0]]) for tree in forest]
         for k, name in enumerate(names)
     }
-    scores, finished = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([True, False, True])
-    batch = rollout_batch(forest, given_tokens, {"scores": scores, "finished": finished}, packed=packed, pad_id=PAD)
-    assert batch.scores is scores
-    assert batch.finished is finished
+    batch = rollout_batch(forest, given_tokens, packed=packed, pad_id=PAD)
     for k, name in enumerate(names):
         spread: Tensor = getattr(batch, name)
         assert torch.equal(spread, batch.input_ids * batch.loss_mask * 10.0**k)

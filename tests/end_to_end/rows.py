@@ -37,7 +37,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "kto": LABELLED,
     "bco": LABELLED,
     "ppo": PROMPTS,
+    "rloo": PROMPTS,
+    "grpo": PROMPTS,
+    "reinforce": PROMPTS,
 }
+ONLINE = ("ppo", "rloo", "grpo", "reinforce")
+"""Those that sample, and need a reward."""
 
 SETTINGS: dict[str, Any] = {
     "threads": 1,
@@ -52,20 +57,22 @@ SETTINGS: dict[str, Any] = {
     "tracking.console": False,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "ppo": {
+    algorithm: {
         "train.batch_size": 3,
-        "ppo.rollout_size": 6,
-        "ppo.rollout_rows": 2,
-        "ppo.epochs": 2,
-        "ppo.max_new_tokens": 12,
-    },
+        f"{algorithm}.rollout_size": 6,
+        f"{algorithm}.rollout_rows": 2,
+        f"{algorithm}.epochs": 2,
+        f"{algorithm}.max_new_tokens": 12,
+    }
+    for algorithm in ONLINE
 }
 SCRATCH = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300, "context_length": 64}
 
 
-def brevity(outputs: list[str], topic: list[str], **_: Any) -> list[float]:
-    """A reward with a column: short answers that name the topic."""
-    return [(name in output) - len(output) / 40 for output, name in zip(outputs, topic, strict=True)]
+def brevity(outputs: list[str], topic: list[str] | None = None, **_: Any) -> list[float]:
+    """A reward with a column: short answers that name the topic, where there is one."""
+    names = topic or ["no topic"] * len(outputs)
+    return [(name in output) - len(output) / 40 for output, name in zip(outputs, names, strict=True)]
 
 
 def settings(algorithm: str, folder: Path, **more: Any) -> dict[str, Any]:

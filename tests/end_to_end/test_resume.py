@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.end_to_end.rows import PAIRS, PROMPTS, ROWS, SCRATCH, settings, write
+from tests.end_to_end.rows import ONLINE, PAIRS, PROMPTS, ROWS, SCRATCH, settings, write
 
 SCRIPT = """
 import json, sys
@@ -21,10 +22,11 @@ fairlead.train(recipe, settings, data=data, reward=reward)
 """
 
 
-def _command(algorithm: str, folder: Path, data: Path) -> list[str]:
+def _command(algorithm: str, folder: Path, data: Path, extra: dict[str, Any] | None = None) -> list[str]:
     more = {"model.scratch": SCRATCH, "train.steps": 8, "train.save_every": 1, "train.keep_checkpoints": 9}
+    more |= extra or {}
     given = settings(algorithm, folder, **more)
-    reward = "tests.end_to_end.slow_reward:score" if algorithm == "ppo" else None
+    reward = "tests.end_to_end.slow_reward:score" if algorithm in ONLINE else None
     return [sys.executable, "-c", SCRIPT, json.dumps([{"algorithm": algorithm}, given, str(data), reward])]
 
 
@@ -35,7 +37,8 @@ def _final(folder: Path) -> dict[str, bytes]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("performance/")} for row in rows]
     files["metrics"] = json.dumps(kept).encode()
-    files["samples"] = (folder / "samples.jsonl").read_bytes() if (folder / "samples.jsonl").exists() else b""
+    for name in ("samples.jsonl", "eval_prompts.jsonl"):
+        files[name] = (folder / name).read_bytes() if (folder / name).exists() else b""
     for path in sorted((folder / "rollouts").glob("round-*.safetensors")):
         files[path.name] = path.read_bytes()
     return files
@@ -57,14 +60,36 @@ def _finish(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "ppo"])
-def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
-    rows = {"ppo": PROMPTS, "dpo": PAIRS}.get(algorithm, ROWS["sft"])
+CHANGING = {
+    "ppo.adaptive_kl": {"target": 0.1, "horizon": 20},
+    "ppo.reward_scaling": "running",
+    "ppo.reward_clip": 2.0,
+    "ppo.target_kl": 1e-4,
+    "ppo.top_k": 40,
+    "ppo.min_new_tokens": 3,
+    "ppo.shortest_limit": 6,
+    "ppo.num_samples": 2,
+    "ppo.value.warm_up_steps": 2,
+    "ppo.eval_prompts": ["why does the lamp stop?"],
+    "train.eval_every": 3,
+}
+"""What changes from round to round, or ends one early."""
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "extra"),
+    [("sft", {}), ("dpo", {}), ("ppo", {}), ("ppo", CHANGING), ("grpo", {"grpo.drop": ["alike"]}), ("rloo", {})],
+    ids=["sft", "dpo", "ppo", "ppo, changing", "grpo", "rloo"],
+)
+def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    rows = PROMPTS if algorithm in ONLINE else PAIRS if algorithm == "dpo" else ROWS["sft"]
     data = write(tmp_path / "rows.jsonl", rows)
-    _finish(_command(algorithm, tmp_path / "whole", data))
-    command, run = _command(algorithm, tmp_path / "killed", data), tmp_path / "killed" / algorithm
+    if extra is CHANGING:
+        extra = {**extra, "ppo.mixed": {"path": str(write(tmp_path / "text.jsonl", ROWS["pretrain"])), "batch_size": 3}}
+    _finish(_command(algorithm, tmp_path / "whole", data, extra))
+    command, run = _command(algorithm, tmp_path / "killed", data, extra), tmp_path / "killed" / algorithm
     _kill_when(command, lambda: (run / "checkpoints" / "step-000003" / "manifest.json").exists())
-    if algorithm == "ppo":  # once more in the middle of a rollout: a chunk of the second round is sampled
+    if algorithm == "ppo" and not extra:  # once more in the middle of a rollout: a chunk of the second round is sampled
         _kill_when(command, lambda: (run / "rollouts" / "round-000001" / "chunk-000.json").exists())
         assert not (run / "rollouts" / "round-000001.json").exists()
     _finish(command)

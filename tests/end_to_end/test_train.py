@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tests.end_to_end.rows import PAIRS, ROWS, SCRATCH, brevity, settings, write
+from tests.end_to_end.rows import ONLINE, PAIRS, ROWS, SCRATCH, brevity, settings, write
 from tests.tiny import base, tokenizer
 
 import fairlead
@@ -31,7 +31,7 @@ def test_each_algorithm_trains_from_loaded_objects(algorithm: str, lora: bool, t
         model=model,
         tokenizer=tokenizer(),
         data=datasets.Dataset.from_list(rows) if lora else rows,
-        reward=brevity if algorithm == "ppo" else None,
+        reward=brevity if algorithm in ONLINE else None,
     )
     assert result.summary["status"] == "finished"
     assert result.summary["steps"] == 4
@@ -44,7 +44,7 @@ def test_each_algorithm_trains_from_loaded_objects(algorithm: str, lora: bool, t
     assert bool(changed) is not lora
     metrics = [json.loads(line) for line in (tmp_path / algorithm / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
-    held_out = "eval/score" if algorithm == "ppo" else "eval/loss"
+    held_out = "eval/score" if algorithm in ONLINE else "eval/loss"
     assert all(held_out in metrics[step] for step in (0, 4))
     assert all("grad_norm" in row for row in metrics[1:])
 

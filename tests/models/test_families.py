@@ -27,7 +27,7 @@ LOGPROBS = frozenset({"logprobs"})
 
 def _ours(made: Models, trees: list[Tree], temperature: float = 1.0) -> list[Tensor]:
     """Log-probabilities of each response, prompts shared and rows packed where the family takes them so."""
-    batch = token_batch(trees if made.forest else separate(trees), packed=made.forest, pad_id=0)
+    batch = token_batch(trees, packed=made.forest, pad_id=0)
     with torch.no_grad(), made.use("policy"):
         return by_response(made(batch, LOGPROBS, temperature).logprobs, batch)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairlead.ops.returns import gae, shaped_rewards
+from fairlead.ops.returns import gae, group_centred, leave_one_out, rewards_to_go, shaped_rewards
 
 NAN = math.nan
 
@@ -79,3 +79,28 @@ def test_the_sum_of_shaped_rewards_is_the_score_less_the_kl_of_the_response() ->
     rewards = shaped_rewards(scores, kl, lengths, kl_coef=0.1)
     _, returns = gae(rewards, torch.zeros_like(kl), lengths, gamma=1.0, gae_lambda=1.0)
     assert returns[0, 0].item() == pytest.approx(2.0 - 0.1 * 0.6)
+
+
+def test_the_baseline_of_a_response_is_the_mean_of_the_others() -> None:
+    scores = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    torch.testing.assert_close(leave_one_out(scores), torch.tensor([[-3.0, -1.5, 4.5], [-1.5, -1.5, 3.0]]))
+
+
+def test_a_group_is_centred_and_scaled_by_its_own_spread() -> None:
+    scores = torch.tensor([[1.0, 2.0, 6.0], [7.1, 7.1, 7.1]])
+    torch.testing.assert_close(group_centred(scores, scale=False)[0], torch.tensor([-2.0, -1.0, 3.0]))
+    torch.testing.assert_close(group_centred(scores, scale=True)[0], torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5)
+    assert group_centred(scores, scale=True)[1].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_rewards_to_go_are_discounted_from_each_token_on() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 4.0], [2.0, 1.0, 0.0]])
+    torch.testing.assert_close(rewards_to_go(rewards, gamma=0.5), torch.tensor([[2.0, 2.0, 4.0], [2.5, 1.0, 0.0]]))
+    torch.testing.assert_close(rewards_to_go(rewards, gamma=1.0), torch.tensor([[5.0, 4.0, 4.0], [3.0, 1.0, 0.0]]))
+
+
+def test_a_dense_reward_is_added_token_by_token() -> None:
+    scores, kl = torch.tensor([2.0, 1.0]), torch.tensor([[0.5, 0.5], [1.0, 9.0]])
+    dense = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
+    rewards = shaped_rewards(scores, kl, torch.tensor([2, 1]), kl_coef=1.0, dense=dense)
+    torch.testing.assert_close(rewards, torch.tensor([[0.5, 3.5], [3.0, 0.0]]))

@@ -179,7 +179,7 @@ def _metrics(stage: str, rng: random.Random) -> list[dict[str, Any]]:
             row["objective/scores"] = 0.3 + 2.1 * t + rng.gauss(0, 0.3)
             row["policy/clip_fraction"] = abs(rng.gauss(0.07, 0.02))
             row["policy/ratio_max"] = 1e9 if step == 217 else 1 + abs(rng.gauss(0, 0.3))
-            row["value/explained_variance"] = None if step < 20 else 0.8 * math.tanh(3 * t)
+            row["values/explained_variance"] = None if step < 20 else 0.8 * math.tanh(3 * t)
         if step % 40 == 0 or step == 1:
             row["eval/loss"] = 0.71 - 0.1 * t + 0.04 * max(0, t - 0.6)
             if stage == "ppo":

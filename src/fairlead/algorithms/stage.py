@@ -30,12 +30,18 @@ class Stage:
     """Tokens of one forward pass."""
     objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What Python handed in under a setting's name, a reward function say."""
+    step: Callable[[], int] = lambda: 0
+    """The optimizer steps done."""
     counts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What became of the rows, for the manifest: train, eval -> read, kept, cut, dropped."""
 
     @property
     def settings(self) -> Any:
         return self.recipe.settings
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.eval_records or getattr(self.settings, "eval_prompts", ()))
 
     @property
     def pad_id(self) -> int:

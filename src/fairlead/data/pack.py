@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fairlead.data.render import Tree
 from fairlead.ops.scores import attribute_pairs
-from fairlead.types import LabelledBatch, PreferenceBatch, RankingBatch, RolloutBatch, TokenBatch
+from fairlead.types import LabelledBatch, PreferenceBatch, RankingBatch, RolloutBatch, Support, TokenBatch
 
 PADDED_TOGETHER = 32
 """Records padded to the longest of them, in the report: `train.batch_size` where it is not given."""
@@ -116,8 +116,9 @@ def micro_batches(sizes: Sequence[int], budget: int, *, packed: bool) -> list[li
 
 
 def token_fields(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> dict[str, Any]:
-    """The fields of a TokenBatch. Packed: all trees in one row; else one tree a row, padded to the longest."""
-    rows = [list(trees)] if packed else [[tree] for tree in trees]
+    """The fields of a TokenBatch. Packed: all trees in one row; else a row for each response, with a prompt of its own,
+    padded to the longest: what any attention takes."""
+    rows = [list(trees)] if packed else [[tree] for tree in one_response_each(trees)]
     width = max(sum(tree.num_tokens for tree in row) for row in rows)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id)
@@ -164,6 +165,15 @@ def token_fields(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> dict[st
         "sequence_ends": torch.tensor(ends),
         "counts": {"token": float(loss_mask.sum()), "sequence": float(len(ends))},
     }
+
+
+def one_response_each(trees: Sequence[Tree]) -> list[Tree]:
+    """Every response with a prompt of its own."""
+    return [
+        tree if len(tree.responses) == 1 else Tree(tree.prompt, (response,))
+        for tree in trees
+        for response in tree.responses
+    ]
 
 
 def token_batch(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> TokenBatch:
@@ -272,17 +282,16 @@ def spread(values: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 def rollout_batch(
     trees: Sequence[Tree],
-    tokens: dict[str, Sequence[Tensor]],
-    sequences: dict[str, Tensor],
+    tokens: Mapping[str, Sequence[Tensor]],
     *,
     packed: bool,
     pad_id: int,
+    support: Support | None = None,
 ) -> RolloutBatch:
-    """Responses with their per-token tensors (one [length] tensor a response) and per-sequence tensors [S]."""
+    """Responses with their per-token tensors: one [length] tensor a response."""
     fields = token_fields(trees, packed=packed, pad_id=pad_id)
-    mask = fields["loss_mask"]
-    placed: dict[str, Any] = {name: spread(values, mask) for name, values in tokens.items()} | sequences
-    return RolloutBatch(**fields, **placed)
+    placed: dict[str, Any] = {name: spread(values, fields["loss_mask"]) for name, values in tokens.items()}
+    return RolloutBatch(**fields, **placed, support=support)
 
 
 def by_response(values: Tensor, batch: TokenBatch) -> list[Tensor]:

@@ -5,18 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def clipped_surrogate(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
-    """-min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A), equation 7. [...] -> [...]"""
-    ratio = torch.exp(logprobs - behaviour_logprobs)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+from fairlead.ops.masked import sequence_sums
 
 
-def is_clipped(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
-    """Where the clipped branch is the smaller one, so that the token has no gradient. [...] -> [...] bool"""
-    ratio = torch.exp(logprobs - behaviour_logprobs)
-    return ratio.clamp(1 - clip_range, 1 + clip_range) * advantages < ratio * advantages
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float, high: float, *, dual_clip: float | None = None
+) -> Tensor:
+    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), equation 7; an infinite ``high`` (with ``low`` 1) clips
+    nothing. With ``dual_clip`` c > 1 a negative advantage weighs no more than c * A (Ye et al. 2020, equation 5);
+    ``high`` above ``low`` is the clip-higher of DAPO (Yu et al. 2025, equation 8). [...] -> [...]"""
+    gained = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual_clip is not None:
+        gained = torch.where(advantages < 0, torch.maximum(gained, dual_clip * advantages), gained)
+    return -gained
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, *, dual_clip: float | None = None) -> Tensor:
+    """Where a constant branch of `clipped_surrogate` is taken: no gradient. [...] -> [...] bool"""
+    clipped = ratio.clamp(1 - low, 1 + high) * advantages < ratio * advantages
+    if dual_clip is not None:
+        clipped = clipped | ((advantages < 0) & (ratio > dual_clip))
+    return clipped
+
+
+def token_ratio(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
+    """policy / behaviour policy at each token. [...] -> [...]"""
+    return torch.exp(logprobs - behaviour_logprobs)
+
+
+def sequence_ratio(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, owner: Tensor, number: int) -> Tensor:
+    """(policy / behaviour policy of the whole response)^(1 / its tokens), at each of its tokens, with the gradient of
+    GSPO-token (Zheng et al., "Group Sequence Policy Optimization", 2025, equations 7 and 14). [B, T] tensors, ``owner``
+    the sequence of a token, ``number`` of them -> [B, T], one off the mask."""
+    lengths = torch.bincount(owner[mask], minlength=number)
+    mean = sequence_sums(logprobs - behaviour_logprobs, mask, owner, number) / lengths
+    spread = torch.zeros_like(logprobs)
+    spread[mask] = mean.detach()[owner[mask]]
+    return torch.exp(spread + torch.where(mask, logprobs - logprobs.detach(), 0.0))
 
 
 def clipped_value_loss(

@@ -27,6 +27,7 @@ from fairlead.planning import memory, trace
 from fairlead.planning.memory import Part
 from fairlead.planning.trace import Peaks
 from fairlead.planning.tree import Node, tree
+from fairlead.rollout.rewards import classifier_dtype, model_paths
 from fairlead.types import Algorithm, TokenBatch
 
 META = torch.device("meta")
@@ -292,37 +293,36 @@ def _positions(models: Models) -> int:
 
 def _decoding(recipe: Recipe, models: Models) -> Decoding:
     settings = recipe.settings
-    rows = getattr(settings, "rollout_rows", recipe.train.num_samples)
+    prompts = getattr(settings, "rollout_rows", recipe.train.num_samples)
+    rows = prompts * getattr(settings, "num_samples", 1)
     new = getattr(settings, "max_new_tokens", SAMPLE_TOKENS)
     longest = recipe.data.max_prompt_length or recipe.data.max_length - getattr(settings, "max_new_tokens", 1)
     prompt = max(1, min(longest, _positions(models) - new))
     cache = memory.cache_bytes(models.causal.config, rows=rows, length=prompt + new, dtype=models.causal.dtype)
-    return Decoding(rows, prompt + new, cache, trace.decoding_peak(models, rows, prompt) if rows else 0)
+    return Decoding(rows, prompt + new, cache, trace.decoding_peak(models, prompts, prompt) if rows else 0)
 
 
 def _rollouts(recipe: Recipe) -> int:
-    """Experience of one round: ids of 8 bytes for each token, and for each new token six numbers in fp32 (log-probs of
-    sampler, policy and reference, values, advantages, returns)."""
+    """Experience of one round: ids of 8 bytes for each token, and for each new token seven numbers in fp32 (log-probs
+    of sampler, policy and reference, entropy, values, advantages, returns)."""
     size, new = getattr(recipe.settings, "rollout_size", 0), getattr(recipe.settings, "max_new_tokens", 0)
     prompt = recipe.data.max_prompt_length or recipe.data.max_length - new
-    return size * (8 * (prompt + new) + 6 * 4 * new)
+    return size * (8 * prompt + getattr(recipe.settings, "num_samples", 1) * (8 + 7 * 4) * new)
 
 
 def _others(recipe: Recipe, models: Models, device: torch.device) -> dict[str, int]:
     """Weights of the reward models that are loaded beside the roles."""
-    settings = recipe.settings
-    places = {"reward": getattr(settings, "reward", None), **getattr(settings, "watch", {})}
-    if models.shared_reward is not None:
-        del places["reward"]
-    return {
-        name: _reward_bytes(place, device)
-        for name, place in places.items()
-        if isinstance(place, str) and not (":" in place and not Path(place).exists())
+    given = {"reward": getattr(recipe.settings, "reward", None), **getattr(recipe.settings, "watch", {})}
+    shared = models.shared_reward and models.shared_reward.path
+    places = {
+        name: [path for path in model_paths(source) if shared is None or resolve_folder(path) != shared]
+        for name, source in given.items()
     }
+    return {name: sum(_reward_bytes(path, device) for path in paths) for name, paths in places.items() if paths}
 
 
 def _reward_bytes(place: str, device: torch.device) -> int:
-    """An adapter is loaded on a base of its own, a classifier in fp32."""
+    """An adapter is loaded on a base of its own, a classifier as it was saved, on CPUs in fp32."""
     from transformers import AutoModelForSequenceClassification
 
     folder = resolve_folder(place)
@@ -332,6 +332,7 @@ def _reward_bytes(place: str, device: torch.device) -> int:
         with META:
             model: nn.Module = Models(base, (), reward=base.start)
     else:
+        config = model_config(place)
         with META:
-            model = AutoModelForSequenceClassification.from_config(model_config(place), dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_config(config, dtype=classifier_dtype(config, device))
     return sum(size for _, size in memory.parameter_sizes(model).values())

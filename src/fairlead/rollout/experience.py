@@ -6,8 +6,11 @@ when a run continues in the middle of a round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -17,41 +20,80 @@ from fairlead.data.pack import by_response, micro_batches, token_batch
 from fairlead.data.render import Renderer, Tree
 from fairlead.models.roles import Models
 from fairlead.rollout.store import RolloutStore
-from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling
+from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling, Scores, Support
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Responses of one round. ``tokens`` holds for each name one tensor [length] a response."""
+    """Responses of one round, those to one prompt side by side. ``tokens`` holds for each name one tensor [length] a
+    response."""
 
     trees: list[Tree]
+    """One a prompt, each with as many responses."""
     tokens: dict[str, list[Tensor]]
     scores: Tensor
     """[S]"""
     finished: Tensor
     """[S] bool"""
+    parts: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[S] what each of several rewards says itself."""
+    support: Support | None = None
+    """Of all tokens of all responses, in order."""
+    measured: dict[str, float] = field(default_factory=dict[str, float])
+    """Of the texts, which are not kept here."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(response) for tree in self.trees for response in tree.responses]
+
+    @property
+    def num_samples(self) -> int:
+        """Responses to a prompt."""
+        return len(self.trees[0].responses)
+
+    def support_of(self, responses: Sequence[int]) -> Support | None:
+        """Of the tokens of some responses, in the order given."""
+        return select_support(self.support, self.lengths, responses)
 
     def tensors(self) -> dict[str, Tensor]:
-        prompts, responses = [tree.prompt for tree in self.trees], [tree.responses[0] for tree in self.trees]
-        flat = {f"token/{name}": torch.cat(values) for name, values in self.tokens.items()}
+        prompts, responses = [tree.prompt for tree in self.trees], [r for tree in self.trees for r in tree.responses]
+        support = {} if self.support is None else {
+            "support/kept": self.support.kept,
+            "support/counts": self.support.counts,
+            "support/banned": self.support.banned,
+        }  # fmt: skip
         return {
-            **flat,
-            "prompt_ids": torch.tensor([token for ids in prompts for token in ids]),
+            **{f"token/{name}": torch.cat(values) for name, values in self.tokens.items()},
+            **{f"part/{name}": values for name, values in self.parts.items()},
+            **{f"measured/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.measured.items()},
+            **support,
+            "prompt_ids": torch.tensor(list(chain(*prompts))),
             "prompt_lengths": torch.tensor([len(ids) for ids in prompts]),
-            "response_ids": torch.tensor([token for ids in responses for token in ids]),
-            "response_lengths": torch.tensor([len(ids) for ids in responses]),
+            "response_ids": torch.tensor(list(chain(*responses))),
+            "response_lengths": torch.tensor(self.lengths),
             "scores": self.scores,
             "finished": self.finished,
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Experience:
+        def under(kind: str) -> dict[str, Tensor]:
+            return {name.removeprefix(kind): each for name, each in tensors.items() if name.startswith(kind)}
+
         prompt_lengths, lengths = tensors["prompt_lengths"].tolist(), tensors["response_lengths"].tolist()
-        prompts, responses = tensors["prompt_ids"].split(prompt_lengths), tensors["response_ids"].split(lengths)
-        trees = [Tree(tuple(p.tolist()), (tuple(r.tolist()),)) for p, r in zip(prompts, responses, strict=True)]
-        flat = {name.removeprefix("token/"): values for name, values in tensors.items() if name.startswith("token/")}
-        tokens = {name: list(values.split(lengths)) for name, values in flat.items()}
-        return cls(trees, tokens, tensors["scores"], tensors["finished"])
+        prompts = [tuple(ids.tolist()) for ids in tensors["prompt_ids"].split(prompt_lengths)]
+        responses = [tuple(ids.tolist()) for ids in tensors["response_ids"].split(lengths)]
+        number = len(responses) // len(prompts)
+        return cls(
+            [Tree(prompt, tuple(responses[i * number : (i + 1) * number])) for i, prompt in enumerate(prompts)],
+            {name: list(values.split(lengths)) for name, values in under("token/").items()},
+            tensors["scores"],
+            tensors["finished"],
+            under("part/"),
+            Support(**kept) if (kept := under("support/")) else None,
+            {name: float(value) for name, value in under("measured/").items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,58 +106,148 @@ class Collector:
     renderer: Renderer
     store: RolloutStore
     sampling: Sampling
+    num_samples: int
     seed: int
     rows: int
     """Prompts of one saved chunk: the unit of batch composition."""
     budget: Callable[[], int]
     """Tokens of one forward pass, now."""
+    whole_kl: bool = False
+    """Also measure the KL to the reference over the whole distribution, not at the sampled token alone."""
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """What the phases of the last round took; empty where it was read back."""
 
     def collect(self, round_number: int, prompts: Sequence[Prompt]) -> tuple[Experience, str]:
         """The round's experience and its hash."""
+        self.seconds.clear()
         if not self.store.has(round_number):
-            rollouts = self._sample(round_number, prompts)
-            experience = self.measure(rollouts, self.reward(rollouts).values)
-            rows = [
-                {
-                    "prompt": self.renderer.prompt_text(r.prompt),
-                    "response": r.text,
-                    "finished": r.finished,
-                    "score": score,
-                }
-                for r, score in zip(rollouts, experience.scores.tolist(), strict=True)
-            ]
-            self.store.save(round_number, experience.tensors(), rows)
+            with self._timed("sampling"):
+                rollouts = self._sample(round_number, prompts)
+            with self._timed("scoring"):
+                scores = self.reward(rollouts)
+            with self._timed("measuring"):
+                experience = self.measure(rollouts, scores)
+            self.store.save(round_number, experience.tensors(), self._rows(rollouts, scores))
         tensors, digest = self.store.load(round_number)
         return Experience.from_tensors(tensors), digest
 
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - started
+
     def _sample(self, round_number: int, prompts: Sequence[Prompt]) -> list[Rollout]:
         rollouts: list[Rollout] = []
+        key = (self.seed, "rollout", round_number)
         for number, start in enumerate(range(0, len(prompts), self.rows)):
             part = prompts[start : start + self.rows]
 
             def sample(part: Sequence[Prompt] = part, start: int = start) -> list[Rollout]:
-                key = (self.seed, "rollout", round_number)
-                return self.sampler.generate(part, sampling=self.sampling, key=key, first_item=start)
+                return self.sampler.generate(
+                    part, sampling=self.sampling, key=key, first_item=start, num_samples=self.num_samples
+                )
 
-            rollouts += self.store.chunk(round_number, number, part, sample)
+            asked = [prompt for prompt in part for _ in range(self.num_samples)]
+            rollouts += self.store.chunk(round_number, number, asked, sample)
         return rollouts
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Sequence[float]) -> Experience:
-        """Log-probabilities of policy and reference and the values, one forward a trunk."""
-        trees = [Tree(rollout.prompt_ids, (rollout.response_ids,)) for rollout in rollouts]
-        tokens = measure_tokens(self.models, trees, temperature=self.sampling.temperature, budget=self.budget())
-        tokens["sampled_logprobs"] = [torch.tensor(rollout.behaviour_logprobs) for rollout in rollouts]
-        return Experience(
-            trees, tokens, torch.tensor(scores, dtype=torch.float32), torch.tensor([r.finished for r in rollouts])
+    def _rows(self, rollouts: Sequence[Rollout], scores: Scores) -> list[dict[str, Any]]:
+        """The round for people."""
+        return [
+            {
+                "prompt": self.renderer.prompt_text(rollout.prompt),
+                "response": rollout.text,
+                "finished": rollout.finished,
+                "score": scores.values[i],
+                **({"scores": {name: values[i] for name, values in scores.parts.items()}} if scores.parts else {}),
+            }
+            for i, rollout in enumerate(rollouts)
+        ]
+
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Experience:
+        """Log-probabilities of policy and reference, entropy and values, one forward a trunk."""
+        trees, support = trees_of(rollouts, self.num_samples), drawn_from(rollouts)
+        experience = Experience(
+            trees,
+            {"sampled_logprobs": [torch.tensor(rollout.behaviour_logprobs) for rollout in rollouts]},
+            torch.tensor(scores.values, dtype=torch.float32),
+            torch.tensor([rollout.finished for rollout in rollouts]),
+            {name: torch.tensor(values, dtype=torch.float32) for name, values in scores.parts.items()},
+            support,
+            {"distinct_2": distinct_bigrams([rollout.text for rollout in rollouts])},
         )
+        if scores.tokens is not None:
+            experience.tokens["dense"] = [torch.tensor(each, dtype=torch.float32) for each in scores.tokens]
+        measured = measure_tokens(
+            self.models,
+            trees,
+            temperature=self.sampling.temperature,
+            budget=self.budget(),
+            support_of=experience.support_of,
+            entropy=True,
+            whole_kl=self.whole_kl,
+        )
+        experience.tokens.update(measured)
+        return experience
+
+
+def trees_of(rollouts: Sequence[Rollout], num_samples: int) -> list[Tree]:
+    """One tree a prompt."""
+    groups = [rollouts[at : at + num_samples] for at in range(0, len(rollouts), num_samples)]
+    return [Tree(group[0].prompt_ids, tuple(rollout.response_ids for rollout in group)) for group in groups]
+
+
+def drawn_from(rollouts: Sequence[Rollout]) -> Support | None:
+    """What the tokens of all responses, in order, were drawn from; none where always the whole vocabulary."""
+    if all(rollout.kept is None and rollout.banned is None for rollout in rollouts):
+        return None
+    kept: list[tuple[int, ...]] = []
+    banned: list[int] = []
+    for rollout in rollouts:
+        number = len(rollout.response_ids)
+        kept += rollout.kept if rollout.kept is not None else [()] * number
+        banned += rollout.banned if rollout.banned is not None else [-1] * number
+    return Support(
+        torch.tensor(list(chain(*kept)), dtype=torch.long), torch.tensor(list(map(len, kept))), torch.tensor(banned)
+    )
+
+
+def select_support(support: Support | None, lengths: Sequence[int], responses: Sequence[int]) -> Support | None:
+    """Of the tokens of some responses, in the order given; ``support`` is of all, whose ``lengths`` are given."""
+    if support is None:
+        return None
+    first = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    chosen = torch.cat([torch.arange(first[i], first[i + 1]) for i in responses])
+    begin, counts = support.counts.cumsum(0) - support.counts, support.counts[chosen]
+    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    kept = support.kept[begin[chosen].repeat_interleave(counts) + within]
+    return Support(kept, counts, support.banned[chosen])
+
+
+def distinct_bigrams(texts: Sequence[str]) -> float:
+    """Different pairs of neighbouring words / all of them; 0 without any."""
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 @torch.no_grad()
 def measure_tokens(
-    models: Models, trees: Sequence[Tree], *, temperature: float, budget: int
+    models: Models,
+    trees: Sequence[Tree],
+    *,
+    temperature: float,
+    budget: int,
+    support_of: Callable[[Sequence[int]], Support | None] = lambda _: None,
+    entropy: bool = False,
+    whole_kl: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """``behaviour_logprobs``, ``reference_logprobs`` and ``values`` (for the roles there are) of each response."""
+    """``behaviour_logprobs``, ``reference_logprobs`` and ``values`` (for the roles there are) of each response, and
+    ``entropy`` and ``whole_kl`` where asked for. ``support_of`` some responses says what their tokens were drawn
+    from."""
     wanted: list[tuple[str, dict[str, str]]] = [("policy", {"logprobs": "behaviour_logprobs"})]
+    if entropy:
+        wanted[0][1]["entropy"] = "entropy"
     if "value" in models.roles:
         if models.value_shares_trunk:
             wanted[0][1]["values"] = "values"
@@ -124,13 +256,21 @@ def measure_tokens(
     if "reference" in models.roles:
         wanted.append(("reference", {"logprobs": "reference_logprobs"}))
     result: dict[str, list[Tensor]] = {name: [] for _, fields in wanted for name in fields.values()}
+    if whole_kl:
+        result["whole_kl"] = []
+    first = [0, *torch.tensor([len(tree.responses) for tree in trees]).cumsum(0).tolist()]
     models.eval()
     for group in micro_batches([tree.num_tokens for tree in trees], budget, packed=models.forest):
-        batch = token_batch([trees[i] for i in group], packed=models.forest, pad_id=0).to(models.device)
+        batch = token_batch([trees[i] for i in group], packed=models.forest, pad_id=0)
+        responses = [at for i in group for at in range(first[i], first[i + 1])]
+        batch = replace(batch, support=support_of(responses)).to(models.device)
         for role, fields in wanted:
             with models.use(role):
                 outputs: Any = models(batch, frozenset(fields), temperature)
-            for field, name in fields.items():
-                result[name] += [row.float().cpu() for row in by_response(getattr(outputs, field), batch)]
+            for field_name, name in fields.items():
+                result[name] += [row.float().cpu() for row in by_response(getattr(outputs, field_name), batch)]
+        if whole_kl:
+            kl = models.divergence(batch, temperature)
+            result["whole_kl"] += [row.float().cpu() for row in by_response(kl, batch)]
     models.train()
     return result

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from fairlead.errors import RunError
 
-_STEPPED = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")
+_STEPPED = ("metrics.jsonl", "samples.jsonl", "eval_prompts.jsonl", "alarms.jsonl")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 _HINTS = {

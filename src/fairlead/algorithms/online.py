@@ -1,0 +1,213 @@
+"""What the algorithms that sample share: their settings, the collector of experience, and evaluation on held-out
+prompts. Knows no advantage estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fairlead.algorithms.mixed import MixedSettings, MixedSource
+from fairlead.algorithms.policy import PolicySettings
+from fairlead.algorithms.rounds import Estimator, RolloutSource
+from fairlead.algorithms.shaping import Shaper, ShapingSettings
+from fairlead.algorithms.stage import Stage
+from fairlead.errors import ConfigError
+from fairlead.ops.kl import k1
+from fairlead.rollout.engines import open_sampler
+from fairlead.rollout.experience import (
+    Collector,
+    Experience,
+    distinct_bigrams,
+    drawn_from,
+    measure_tokens,
+    select_support,
+    trees_of,
+)
+from fairlead.rollout.rewards import open_reward
+from fairlead.rollout.rewards.settings import RewardSource
+from fairlead.rollout.store import RolloutStore
+from fairlead.tracking.run_directory import RunDirectory
+from fairlead.types import Prompt, Reward, Rollout, Sampling
+
+
+class OnlineSettings(PolicySettings, ShapingSettings):
+    reward: RewardSource | None = None
+    """A reward run or folder, a classifier of transformers, `module:function` with trlX's signature (samples, prompts,
+    outputs, **columns), `rule:NAME`, a URL, or a list of such with weights."""
+    watch: dict[str, RewardSource] = Field(default_factory=dict[str, RewardSource])
+    """More rewards by name, measured on the held-out prompts and never optimised."""
+    rollout_size: int = Field(default=128, ge=1)
+    """Prompts of one round."""
+    rollout_rows: int = Field(default=64, ge=1)
+    """Prompts decoded together and saved as one chunk."""
+    num_samples: int = Field(default=1, ge=1)
+    """Responses to each prompt of a round."""
+    epochs: int = Field(default=4, ge=1)
+    """Passes over each round's responses; train.batch_size prompts, with all their responses, are a minibatch."""
+    engine: Literal["native", "generate", "vllm"] = "native"
+    """What samples: Fairlead's own engine, transformers' generate (the slow reference), or vLLM."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    shortest_limit: int | None = Field(default=None, ge=1)
+    """Each response has a limit of its own, drawn evenly from here to max_new_tokens."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """The end of sequence cannot be drawn before; log-probabilities and KL are of what could be drawn."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int = Field(default=0, ge=0)
+    """0: the whole vocabulary. Log-probabilities and KL are of the tokens kept."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: tuple[str, ...] = ()
+    """Texts that end a response where they first occur."""
+    importance_cap: float | None = Field(default=2.0, gt=0)
+    """With an engine that is not ours, a token weighs trainer's probability / sampler's, at most so much."""
+    mixed: MixedSettings | None = None
+    """Text learned beside the responses (PPO-ptx)."""
+    num_eval_prompts: int = Field(default=64, ge=1)
+    """Held-out prompts sampled at each evaluation."""
+    eval_prompts: tuple[str, ...] = ()
+    """Prompts of your own to watch, in place of held-out ones; each one's mean score is kept in eval_prompts.jsonl."""
+    eval_samples: int = Field(default=1, ge=1)
+    """Responses to each prompt at an evaluation."""
+    eval_temperature: float | None = Field(default=None, gt=0)
+    """Another temperature at evaluation."""
+
+    @model_validator(mode="after")
+    def _sampling_goes_together(self) -> OnlineSettings:
+        limit = self.max_new_tokens if self.shortest_limit is None else self.shortest_limit
+        if limit > self.max_new_tokens:
+            raise ValueError(f"shortest_limit={limit} is above max_new_tokens={self.max_new_tokens}")
+        if self.min_new_tokens > limit:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is above the shortest limit, {limit}")
+        if self.adaptive_kl is not None and (self.kl_in == "loss" or not self.kl_coef):
+            raise ValueError("adaptive_kl moves the price of the KL in the reward: kl_in=reward and kl_coef above 0")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.max_new_tokens,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_new_tokens,
+            self.shortest_limit,
+            self.stop,
+        )
+
+
+def rollout_source(stage: Stage, estimate: Estimator, *, warm_up: int = 0) -> RolloutSource:
+    """Rounds of experience, estimated by ``estimate``."""
+    settings: OnlineSettings = stage.settings
+    prompts, counts = stage.renderer.prompts(list(stage.records))
+    stage.count("train", counts)
+    if not prompts:
+        raise ConfigError(
+            f"none of the {len(stage.records)} prompts fits data.max_prompt_length="
+            f"{stage.renderer.max_prompt_length} tokens: {dict(counts.dropped)}",
+            hint="raise data.max_length, or lower max_new_tokens",
+        )
+    collector = Collector(
+        sampler=open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows),
+        reward=the_reward(stage),
+        models=stage.models,
+        renderer=stage.renderer,
+        store=RolloutStore(stage.folder / "rollouts"),
+        sampling=settings.sampling,
+        num_samples=settings.num_samples,
+        seed=stage.recipe.seed,
+        rows=settings.rollout_rows,
+        budget=lambda: stage.budget.tokens,
+        whole_kl=settings.kl_estimator == "full",
+    )
+    mixed = MixedSource(stage, settings.mixed) if settings.mixed is not None else None
+    kept = [prompt for prompt, _ in prompts]
+    return RolloutSource(stage, collector, kept, Shaper(settings), estimate, mixed=mixed, warm_up=warm_up)
+
+
+def learned_from(experience: Experience, settings: OnlineSettings) -> dict[str, list[Tensor]]:
+    """What every loss on sampled responses reads beside the advantages, one tensor [length] a response."""
+    tokens = {"behaviour_logprobs": experience.tokens["behaviour_logprobs"]}
+    if settings.kl_in == "loss" and settings.kl_coef:
+        tokens["reference_logprobs"] = experience.tokens["reference_logprobs"]
+    if settings.engine != "native" and settings.importance_cap is not None:
+        pairs = zip(experience.tokens["behaviour_logprobs"], experience.tokens["sampled_logprobs"], strict=True)
+        tokens["weights"] = [(ours - theirs).exp().clamp(max=settings.importance_cap) for ours, theirs in pairs]
+    return tokens
+
+
+def the_reward(stage: Stage) -> Reward:
+    where = stage.objects.get("reward", stage.settings.reward)
+    if where is None:
+        name = stage.recipe.algorithm
+        raise ConfigError("no reward to optimise", hint=f"set {name}.reward to a reward run or to module:function")
+    return open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+
+
+def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
+    """Score, watched scores, KL to the reference, length and variety of responses to held-out prompts."""
+    settings: OnlineSettings = stage.settings
+    given = [Prompt(text) for text in settings.eval_prompts]
+    prompts, counts = stage.renderer.prompts(given or list(stage.eval_records))
+    stage.count("eval", counts)
+    chosen = [prompt for prompt, _ in prompts]
+    chosen = chosen if given else chosen[: settings.num_eval_prompts]
+    sampler = open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows)
+    rewards = {"score": the_reward(stage)} | {
+        name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+        for name, where in settings.watch.items()
+    }
+    sampling = settings.sampling
+    if settings.eval_temperature is not None:
+        sampling = replace(sampling, temperature=settings.eval_temperature)
+
+    def measure() -> dict[str, float]:
+        key, number = (stage.recipe.seed, "evaluation"), settings.eval_samples
+        rollouts = sampler.generate(chosen, sampling=sampling, key=key, num_samples=number)
+        scores = {name: reward(rollouts).values for name, reward in rewards.items()}
+        if given:
+            _keep(stage, chosen, rollouts, scores["score"], number)
+        return {
+            **{f"eval/{name}": sum(values) / len(values) for name, values in scores.items()},
+            **_kl(stage, rollouts, number, sampling.temperature),
+            "eval/length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+            "eval/finished": sum(r.finished for r in rollouts) / len(rollouts),
+            "eval/distinct_2": distinct_bigrams([r.text for r in rollouts]),
+        }
+
+    return measure
+
+
+def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: float) -> dict[str, float]:
+    if "reference" not in stage.models.roles:
+        return {}
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    tokens = measure_tokens(
+        stage.models,
+        trees_of(rollouts, number),
+        temperature=temperature,
+        budget=stage.budget.tokens,
+        support_of=partial(select_support, drawn_from(rollouts), lengths),
+    )
+    pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
+    return {"eval/kl": sum(float(k1(a, b).sum()) for a, b in pairs) / len(rollouts)}
+
+
+def _keep(
+    stage: Stage, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Sequence[float], number: int
+) -> None:
+    """Each prompt's mean score, and a response, in eval_prompts.jsonl."""
+    rows = [
+        {
+            "step": stage.step(),
+            "prompt": stage.renderer.prompt_text(prompt),
+            "score": sum(own := scores[i * number : (i + 1) * number]) / number,
+            "scores": list(own),
+            "response": rollouts[i * number].text,
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    RunDirectory(stage.folder).append("eval_prompts.jsonl", rows)
