@@ -18,6 +18,7 @@ from fairlead.assemble import Given
 from fairlead.config import Recipe
 from fairlead.errors import RunError
 from fairlead.models.load import resolve_folder
+from fairlead.rollout.rewards import model_paths
 from fairlead.tracking import RunDirectory, file_sha256, tree_sha256
 from fairlead.training.budget import TokenBudget
 from fairlead.types import Algorithm, Progress
@@ -28,12 +29,13 @@ FORMAT_VERSION = 1
 def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
     """Hashes of everything the run reads, by setting."""
     found: dict[str, dict[str, str]] = {}
+    reward = getattr(recipe.settings, "reward", None)
     places = {
         "data.path": recipe.data.path if given.data is None else None,
         "data.eval_path": recipe.data.eval_path if given.eval_data is None else None,
         "model.path": recipe.model.path,
         "model.tokenizer": recipe.model.tokenizer,
-        "reward": getattr(recipe.settings, "reward", None),
+        "reward": reward if isinstance(reward, str) else model_paths(reward),
     }
     for key, place in places.items():
         for name in (place,) if isinstance(place, str) else place or ():

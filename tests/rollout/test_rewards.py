@@ -1,4 +1,4 @@
-"""Rewards judge text: a reward model with its own tokenizer and template, a function with trlX's signature."""
+"""Trained rewards judge text with their own tokenizer and template, as models of their own or on the policy's base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tiny import CPU, base, models, scatter, tokenizer
 from fairlead.config import AdapterSection, ModelSection
 from fairlead.data.pack import preference_batch
 from fairlead.data.render import Renderer
-from fairlead.errors import ConfigError, ModelError, TrainingError
+from fairlead.errors import ConfigError, ModelError
 from fairlead.models.export import save_model
 from fairlead.models.load import Base, load_base
 from fairlead.models.roles import Models
@@ -29,46 +29,7 @@ def _rollout(prompt: Conversation, text: str, **columns: object) -> Rollout:
     return Rollout(Prompt(prompt, columns), (3,), (4, 1), (-1.0, -1.0), True, text)
 
 
-def test_a_function_gets_samples_prompts_outputs_and_the_prompts_columns() -> None:
-    seen = {}
-
-    def judge(samples, prompts, outputs, **columns):
-        seen.update(samples=samples, prompts=prompts, outputs=outputs, **columns)
-        return [len(output) for output in outputs]
-
-    reward = open_reward(judge, _renderer(), device=CPU)
-    assert reward([_rollout("why?", "so", topic="x"), _rollout("how?", "thus")]).values == (2.0, 4.0)
-    assert seen == {
-        "samples": ["Question: why?\n\nAnswer: so", "Question: how?\n\nAnswer: thus"],
-        "prompts": ["Question: why?\n\nAnswer:", "Question: how?\n\nAnswer:"],
-        "outputs": ["so", "thus"],
-        "topic": ["x", None],
-    }
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [([float("nan")], "returned nan for the sample 'so'"), ([1.0, 2.0], "returned 2 scores for 1 samples")],
-)
-def test_a_score_that_is_no_number_or_too_many_is_an_error_that_names_the_source(scores, message) -> None:
-    def judge(**_):
-        return scores
-
-    with pytest.raises(TrainingError, match=f"reward judge {message}"):
-        open_reward(judge, _renderer(), device=CPU)([_rollout("why?", "so")])
-
-
-def test_a_reward_that_raises_is_named_with_its_reason() -> None:
-    def judge(**_):
-        raise KeyError("lost")
-
-    with pytest.raises(TrainingError, match="reward judge raised KeyError: 'lost'"):
-        open_reward(judge, _renderer(), device=CPU)([_rollout("why?", "so")])
-
-
-def test_a_reward_that_cannot_be_found_says_what_to_write() -> None:
-    with pytest.raises(ConfigError, match=r"no reward 'os:nothing'.*"):
-        open_reward("os:nothing", _renderer(), device=CPU)
+def test_a_reward_that_is_nowhere_is_refused() -> None:
     with pytest.raises(ModelError, match="does not exist"):
         open_reward("./nowhere", _renderer(), device=CPU)
 
