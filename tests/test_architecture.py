@@ -29,7 +29,7 @@ LAYERS = [
     {"report", "health", "planning"},
     {"assemble", "manifest", "runner"},
     {"evaluation", "inspection"},
-    {"cli", "pipeline", "pipeline_file", "sweep", "demo", "studio", "__main__"},
+    {"cli", "pipeline", "pipeline_file", "sweep", "demo", "migration", "studio", "__main__"},
 ]
 """Imports point down: a room imports itself and rooms of layers above it in this list."""
 
@@ -226,13 +226,17 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
 
 
 def recipes() -> list[Path]:
-    found = sorted((PACKAGE / "recipes").glob("*.yaml"))
+    found = sorted((PACKAGE / "recipes").rglob("*.yaml"))
     return [path for path in found if not re.search(r"^stages:", path.read_text("utf-8"), re.MULTILINE)]
 
 
-@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)
+def name_of(recipe: Path) -> str:
+    return recipe.relative_to(PACKAGE / "recipes").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", recipes(), ids=name_of)
 def test_every_shipped_recipe_resolves_without_a_warning(path: Path) -> None:
     resolved = resolve(path)
     assert resolved.recipe.algorithm in REGISTRY
     assert resolved.warnings == ()
-    assert resolve(path.stem).as_dict() == resolved.as_dict()
+    assert resolve(name_of(path)).as_dict() == resolved.as_dict()

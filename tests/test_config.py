@@ -411,6 +411,19 @@ def test_a_missing_file_lists_or_suggests_the_shipped_names(monkeypatch: pytest.
     assert find_file("sft") == known["sft"]
 
 
+def test_a_recipe_in_a_folder_bears_the_folders_name_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "recipes" / "big").mkdir(parents=True)
+    for name, text in (("tiny", "algorithm: a"), ("big/one", "algorithm: a"), ("big/chain", "stages: {}")):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(config_file.resources, "files", lambda package: tmp_path)
+    assert list(shipped()) == ["big/one", "tiny"] and list(shipped("pipeline")) == ["big/chain"]
+    assert find_file("big/one") == tmp_path / "recipes" / "big" / "one.yaml"
+    with pytest.raises(ConfigError, match=r"no recipe 'big'.*\nhint: there are: big/one$"):
+        find_file("big")
+    with pytest.raises(ConfigError, match=r"no recipe 'big/on'.*\nhint: did you mean 'big/one'\?"):
+        find_file("big/on")
+
+
 def test_a_file_wins_over_a_shipped_recipe_of_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_file("sft") == shipped()["sft"]

@@ -96,12 +96,12 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def shipped(kind: str = "recipe") -> dict[str, Path]:
-    """Shipped files by name: `recipe`s hold an `algorithm`, `pipeline`s hold `stages`."""
+    """Shipped files by name, with the folder they are in: `recipe`s hold an `algorithm`, `pipeline`s hold `stages`."""
     folder = Path(str(resources.files("fairlead"))) / "recipes"
     marker = "stages:" if kind == "pipeline" else "algorithm:"
     return {
-        path.stem: path
-        for path in sorted(folder.glob("*.yaml"))
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
         if any(line.startswith(marker) for line in path.read_text("utf-8").splitlines())
     }
 
@@ -118,7 +118,9 @@ def find_file(name: str, kind: str = "recipe") -> Path:
     known = shipped(kind)
     if name in known:
         return known[name]
-    raise ConfigError(f"no {kind} {name!r}: neither a file nor a shipped {kind}", hint=suggest(name, known))
+    inside = [each for each in known if each.startswith(f"{name}/")]
+    hint = f"there are: {', '.join(inside)}" if inside else suggest(name, known)
+    raise ConfigError(f"no {kind} {name!r}: neither a file nor a shipped {kind}", hint=hint)
 
 
 def suggest(got: str, known: Sequence[str] | Mapping[str, Any]) -> str:
