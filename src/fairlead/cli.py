@@ -257,6 +257,27 @@ def push(
     _print({"address": address}, as_json, address)
 
 
+@app.command("import")
+def import_(
+    toolkit: Annotated[str, typer.Argument(help="whose configuration it is: trlx")],
+    file: Annotated[Path, typer.Argument(help="the configuration, YAML or JSON")],
+    out: Annotated[Path | None, typer.Option(help="recipe to write; without one it goes to stdout")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a configuration of another toolkit into a recipe; what a recipe cannot hold is said on stderr."""
+    from fairlead.migration import import_config
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already", "choose another --out, or remove it")
+    imported = import_config(toolkit, file)
+    if out is not None:
+        out.write_text(imported.text, "utf-8")
+    for note in imported.notes:
+        print(note, file=sys.stderr)
+    text = imported.text.rstrip() if out is None else f"{out}: try `fairlead train {out} --dry-run`"
+    _print(imported.as_dict(), as_json, text)
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or the folder of a pipeline")],
