@@ -412,3 +412,39 @@ def test_a_token_that_only_the_policy_can_draw_makes_the_kl_infinite() -> None:
     never = torch.tensor([0.0, -math.inf])
     assert full_kl(Readout(ones, weight), Readout(ones, weight, never)).tolist() == [math.inf]
     assert full_kl(Readout(ones, weight, never), Readout(ones, weight)).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("form", [{}, {"temperature": 0.7}, {"cap": 2.0, "scale": 0.5}, {"low_rank": True}])
+def test_gradients_taken_on_the_way_forward_are_those_taken_on_the_way_back(
+    monkeypatch: pytest.MonkeyPatch, form: dict[str, Any], is_uniform: bool
+) -> None:
+    """Also where the loss does not weigh all rows alike, though it was said to; and once more through one graph."""
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+    leaves, given = [hidden, weight, bias], dict(form)
+    if given.pop("low_rank", False):
+        low_rank = (
+            hidden.detach()[:, :2].clone().requires_grad_(True),
+            weight.detach()[:, :2].clone().requires_grad_(True),
+        )
+        given["low_rank"], leaves = low_rank, [*leaves, *low_rank]
+    pull = torch.full((ROWS,), -0.3, dtype=torch.float64) if is_uniform else torch.linspace(-1, 2, ROWS).double()
+    plain, _ = token_logprobs(hidden, weight, targets, bias=bias, **given)
+    wanted = torch.autograd.grad(plain, leaves, pull)
+    values, _ = token_logprobs(hidden, weight, targets, bias=bias, **given, uniform=True)
+    torch.testing.assert_close(values, plain)
+    for _ in range(2):
+        got = torch.autograd.grad(values, leaves, pull, retain_graph=True)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_uniform_loss_computes_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+    calls: list[slice] = []
+    plain = logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda part, *rest: calls.append(part) or plain(part, *rest))
+    for uniform, number in ((True, 1), (False, 2)):
+        calls.clear()
+        token_logprobs(hidden, weight, targets, bias=bias, uniform=uniform)[0].sum().backward()
+        assert len(calls) == number

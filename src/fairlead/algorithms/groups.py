@@ -12,7 +12,6 @@ from fairlead.algorithms.mixed import mixed_pass
 from fairlead.algorithms.online import OnlineSettings, learned_from
 from fairlead.algorithms.policy import policy_terms
 from fairlead.algorithms.rounds import Estimate
-from fairlead.algorithms.shaping import Shaped
 from fairlead.rollout.experience import Experience
 from fairlead.types import Pass, RolloutBatch
 
@@ -33,9 +32,9 @@ def group_passes(settings: GroupSettings) -> tuple[Pass, ...]:
     return (Pass("policy", terms, needs, settings.temperature, batch=RolloutBatch), *mixed)
 
 
-def spread_advantages(advantages: Tensor, experience: Experience, shaped: Shaped, settings: GroupSettings) -> Estimate:
+def spread_advantages(advantages: Tensor, experience: Experience, settings: GroupSettings) -> Estimate:
     """One advantage a response [S], the same at each of its tokens."""
-    rows = [advantage.repeat(length) for advantage, length in zip(advantages, shaped.lengths.tolist(), strict=True)]
+    rows = [advantage.repeat(length) for advantage, length in zip(advantages, experience.lengths, strict=True)]
     keep = kept(experience, settings)
     alike = ~_told_apart(experience)
     metrics = {

@@ -48,7 +48,7 @@ def estimate(experience: Experience, shaped: Shaped, *, settings: Settings) -> E
     advantages = group_centred(rewards, scale=settings.scale == "group").flatten()
     if settings.scale == "round":
         advantages = advantages / rewards.std().clamp(min=1e-8)
-    return spread_advantages(advantages, experience, shaped, settings)
+    return spread_advantages(advantages, experience, settings)
 
 
 def source(stage: Stage) -> RolloutSource:

@@ -32,7 +32,7 @@ class MixedSettings(Section):
 
 def mixed_pass(settings: MixedSettings) -> Pass:
     term = Term("mixed", "mixed_token", nll, settings.coef)
-    return Pass("policy", (term,), frozenset({"logprobs"}), batch=MixedBatch)
+    return Pass("policy", (term,), frozenset({"logprobs"}), uniform=True, batch=MixedBatch)
 
 
 class MixedSource:
@@ -62,4 +62,5 @@ class MixedSource:
 
     def _batch(self, trees: list[Tree], packed: bool) -> MixedBatch:
         fields = token_fields(trees, packed=packed, pad_id=self._stage.pad_id)
-        return MixedBatch(**fields | {"counts": {"mixed_token": fields["counts"]["token"]}})
+        fields["counts"] = {"mixed_token": fields["counts"]["token"]}
+        return MixedBatch(**fields)

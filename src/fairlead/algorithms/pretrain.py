@@ -19,7 +19,7 @@ class Settings(Section):
 
 
 def passes(_: Settings) -> tuple[Pass, ...]:
-    return (Pass("policy", (Term("nll", "token", nll),), frozenset({"logprobs"})),)
+    return (Pass("policy", (Term("nll", "token", nll),), frozenset({"logprobs"}), uniform=True),)
 
 
 def source(stage: Stage) -> DatasetSource:

@@ -31,7 +31,7 @@ def estimate(experience: Experience, shaped: Shaped, *, settings: Settings) -> E
     advantages = leave_one_out(rewards.view(-1, experience.num_samples)).flatten()
     if settings.normalize_advantages and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / advantages.std().clamp(min=1e-8)
-    return spread_advantages(advantages, experience, shaped, settings)
+    return spread_advantages(advantages, experience, settings)
 
 
 def source(stage: Stage) -> RolloutSource:

@@ -110,7 +110,8 @@ class RolloutSource:
         shaped = self._shaper(experience)
         estimate = self._estimate(experience, shaped)
         keep = torch.ones(len(experience.scores), dtype=torch.bool) if estimate.keep is None else estimate.keep
-        prompts = keep.view(-1, experience.num_samples).any(1).nonzero()[:, 0].tolist()
+        kept: Any = keep.view(-1, experience.num_samples).any(1).nonzero()[:, 0]
+        prompts: list[int] = kept.tolist()
         seconds = {f"performance/seconds_{phase}": taken for phase, taken in self._collector.seconds.items()}
         metrics = measured(experience) | shaped.metrics | dict(estimate.metrics) | seconds
         if not self._position:

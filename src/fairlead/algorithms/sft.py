@@ -35,7 +35,7 @@ def dft(outputs: Outputs, batch: TokenBatch) -> tuple[Tensor, Metrics]:
 
 def passes(settings: Settings) -> tuple[Pass, ...]:
     term = Term(settings.loss, "token", dft if settings.loss == "dft" else nll)
-    return (Pass("policy", (term,), frozenset({"logprobs"})),)
+    return (Pass("policy", (term,), frozenset({"logprobs"}), uniform=settings.loss == "nll"),)
 
 
 def source(stage: Stage) -> DatasetSource:

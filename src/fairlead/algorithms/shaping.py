@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -82,7 +82,8 @@ class Shaped:
 
     def ragged(self, values: Tensor) -> list[Tensor]:
         """[S, T] -> one tensor [length] a response."""
-        return [row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)]
+        lengths: list[int] = cast(Any, self.lengths).tolist()
+        return [row[:length] for row, length in zip(values, lengths, strict=True)]
 
 
 dense = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)

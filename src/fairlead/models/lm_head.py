@@ -51,13 +51,14 @@ def head_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     support: Support | None = None,
+    uniform: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of the model's head as it stands: hidden [N, H], targets [N] -> log-probabilities [N] and
     entropies [N] (or an empty tensor). An adapter on the head is taken by its factors: no second [V, H] is made. Raises
     ModelError for an adapter that is not low-rank."""
     weight, form = _head(network, hidden)
     form |= {"temperature": temperature, "with_entropy": with_entropy, "support": tensors_of(support)}
-    return token_logprobs(hidden, weight, targets, **form)
+    return token_logprobs(hidden, weight, targets, **form, uniform=uniform)
 
 
 def head_statistics(

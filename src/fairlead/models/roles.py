@@ -202,8 +202,10 @@ class Models(nn.Module):
 
     # --- the one model call ---
 
-    def forward(self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0) -> Outputs:
-        """Compute the fields ``needs`` names, of those of `Outputs`, for the role in use."""
+    def forward(
+        self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0, *, uniform: bool = False
+    ) -> Outputs:
+        """Compute the fields ``needs`` names, of those of `Outputs`, for the role in use. ``uniform``: see `Pass`."""
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
         with kept, self.autocast():
@@ -221,6 +223,7 @@ class Models(nn.Module):
                     temperature=temperature,
                     with_entropy=with_entropy,
                     support=batch.support,
+                    uniform=uniform,
                 )
                 outputs["logprobs"] = _spread(logprobs, batch, rows, columns)
                 if with_entropy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -46,6 +47,7 @@ def token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     support: Support | None = None,
+    uniform: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy, with
 
@@ -56,11 +58,14 @@ def token_logprobs(
     adapter on the head -> logprobs [N], entropy [N] in nats (an empty tensor unless asked for). With ``support`` the
     softmax is over each row's own tokens; a target that is none of them has -inf. Computed in max(fp32, input dtype);
     differentiable in every float tensor; the backward pass recomputes the logits, so memory is one chunk of at most
-    CHUNK_ELEMENTS logits, two with a cap.
+    CHUNK_ELEMENTS logits, two with a cap. ``uniform`` says that the loss will weigh all rows alike: gradients are then
+    taken on the way forward, and nothing is computed twice. Where it proves wrong they are right all the same.
     """
     reduced, up = low_rank or (None, None)
     form, allowed = _Form(scale, cap, temperature), _Allowed.of(support)
-    return cast(Any, _TokenLogprobs).apply(hidden, weight, bias, reduced, up, targets, form, allowed, with_entropy)
+    return cast(Any, _TokenLogprobs).apply(
+        hidden, weight, bias, reduced, up, targets, form, allowed, with_entropy, uniform
+    )
 
 
 @torch.no_grad()
@@ -128,16 +133,19 @@ class _TokenLogprobs(torch.autograd.Function):
         form: _Form,
         allowed: _Allowed | None,
         with_entropy: bool,
+        uniform: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, kind = hidden.shape[0], _wide(hidden.dtype)
         logprobs, log_total = hidden.new_empty(rows, dtype=kind), hidden.new_empty(rows, dtype=kind)
         entropy = hidden.new_empty(rows if with_entropy else 0, dtype=kind)
-        # Under a frozen head d logprob / d hidden is all that will be asked for, and the softmax is at hand.
-        frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:5]) and not with_entropy
-        pulls = torch.empty_like(hidden) if frozen else None
+        # Gradients for a pull of 1 on each row, while the softmax is at hand: those of hidden alone serve any pull.
+        inputs = (hidden, weight, bias, reduced, up)
+        of_rows = not any(ctx.needs_input_grad[1:5])
+        now = ctx.needs_input_grad[0] and not with_entropy and (uniform or of_rows)
+        made = _Gradients(inputs, ctx.needs_input_grad) if now else None
         for part in _chunks(rows, weight.shape[0]):
-            logits = _logits(part, hidden, weight, bias, reduced, up, form)
-            bend = _bend(logits, form) if pulls is not None else None
+            logits = _logits(part, *inputs, form)
+            bend = _bend(logits, form) if made is not None else None
             _restrict(logits, part, allowed)
             chosen = logits.gather(1, targets[part, None])[:, 0]
             if with_entropy:
@@ -148,33 +156,27 @@ class _TokenLogprobs(torch.autograd.Function):
                 peak = logits.amax(1, keepdim=True)
                 mass = logits.sub_(peak).exp_().sum(1, keepdim=True)
                 total = mass.log().add_(peak)[:, 0]
-                if pulls is not None:
+                if made is not None:
                     slope = logits.div_(-mass)
                     slope.scatter_add_(1, targets[part, None], torch.ones_like(peak))
-                    torch.mm(_through(slope, form, bend).to(hidden.dtype), weight, out=pulls[part])
+                    made.add(part, _through(slope, form, bend))
             log_total[part] = total
             logprobs[part] = chosen - total
-        ctx.frozen, ctx.form, ctx.allowed, ctx.with_entropy = frozen, form, allowed, with_entropy
-        if frozen:
-            ctx.save_for_backward(pulls)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, reduced, up, targets, log_total, entropy)
+        ctx.form, ctx.allowed, ctx.with_entropy = form, allowed, with_entropy
+        ctx.made, ctx.of_rows = made, of_rows
+        ctx.save_for_backward(*inputs, targets, log_total, entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = gradients
-        if ctx.frozen:
-            (pulls,) = ctx.saved_tensors
-            return (pulls * grad_logprobs[:, None].to(pulls.dtype), *[None] * 8)
         hidden, weight, bias, reduced, up, targets, log_total, entropy = ctx.saved_tensors
+        made: _Gradients | None = ctx.made
+        if made is not None and (ctx.of_rows or bool((grad_logprobs == grad_logprobs[:1]).all())):
+            ctx.made = None  # it is written to
+            return (*made.pulled(grad_logprobs, whole=not ctx.of_rows), *[None] * 5)
         inputs = (hidden, weight, bias, reduced, up)
-        wanted = [t if wants else None for t, wants in zip(inputs, ctx.needs_input_grad, strict=False)]
-        # Rows of hidden and reduced are written once; weight, bias and up are summed over chunks.
-        grad_hidden, grad_reduced = (None if t is None else torch.empty_like(t) for t in (wanted[0], wanted[3]))
-        grad_weight, grad_bias, grad_up = (
-            None if t is None else torch.zeros_like(t, dtype=_wide(t.dtype)) for t in (wanted[1], wanted[2], wanted[4])
-        )
+        made = _Gradients(inputs, ctx.needs_input_grad)
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
             logits = _logits(part, *inputs, ctx.form)
@@ -188,19 +190,49 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 slope = logits.exp_().mul_(-pull)
             slope.scatter_add_(1, targets[part, None], pull.to(slope.dtype))
-            slope = _through(slope, ctx.form, bend)
-            if grad_hidden is not None:
-                torch.mm(slope.to(hidden.dtype), weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), hidden[part].to(slope.dtype))
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
-            if grad_reduced is not None:
-                torch.mm(slope.to(up.dtype), up, out=grad_reduced[part])
-            if grad_up is not None:
-                grad_up.addmm_(slope.t(), reduced[part].to(slope.dtype))
-        found = (grad_hidden, grad_weight, grad_bias, grad_reduced, grad_up)
-        return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), *[None] * 4)
+            made.add(part, _through(slope, ctx.form, bend))
+        return (*made.found(), *[None] * 5)
+
+
+class _Gradients:
+    """Of hidden, weight, bias, reduced and up, those that are wanted, from slopes in hidden @ weight.T: rows of hidden
+    and reduced are written once; weight, bias and up are summed over chunks, in max(fp32, dtype)."""
+
+    def __init__(self, inputs: tuple[Tensor | None, ...], wanted: Sequence[bool]) -> None:
+        self._inputs = inputs
+        self._made = [
+            None
+            if t is None or not wants
+            else torch.empty_like(t)
+            if place in (0, 3)
+            else torch.zeros_like(t, dtype=_wide(t.dtype))
+            for place, (t, wants) in enumerate(zip(inputs, wanted, strict=False))
+        ]
+
+    def add(self, part: slice, slope: Tensor) -> None:
+        hidden, weight, _, reduced, up = self._inputs
+        grad_hidden, grad_weight, grad_bias, grad_reduced, grad_up = self._made
+        assert hidden is not None and weight is not None
+        if grad_hidden is not None:
+            torch.mm(slope.to(hidden.dtype), weight, out=grad_hidden[part])
+        if grad_weight is not None:
+            grad_weight.addmm_(slope.t(), hidden[part].to(slope.dtype))
+        if grad_bias is not None:
+            grad_bias += slope.sum(0)
+        if grad_reduced is not None:
+            torch.mm(slope.to(cast(Tensor, up).dtype), cast(Tensor, up), out=grad_reduced[part])
+        if grad_up is not None:
+            grad_up.addmm_(slope.t(), cast(Tensor, reduced)[part].to(slope.dtype))
+
+    def pulled(self, pull: Tensor, *, whole: bool) -> tuple[Tensor | None, ...]:
+        """Times the ``pull`` [N] of each row, or with ``whole`` of all of them, which is one number."""
+        factor = pull[:1].sum() if whole else pull[:, None]
+        return tuple(None if g is None else g.mul_(factor.to(g.dtype)) for g in self.found())
+
+    def found(self) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if g is None else g.to(cast(Tensor, t).dtype) for g, t in zip(self._made, self._inputs, strict=True)
+        )
 
 
 class _Allowed(NamedTuple):

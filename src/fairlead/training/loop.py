@@ -203,7 +203,7 @@ def total_counts(batches: Sequence[TokenBatch]) -> dict[str, float]:
 
 def _loss(models: Models, each: Pass, batch: TokenBatch, counts: Mapping[str, float]) -> tuple[torch.Tensor, Metrics]:
     """One pass's share of the loss of the whole batch, and what it measured."""
-    outputs = models(batch, each.needs, each.temperature)
+    outputs = models(batch, each.needs, each.temperature, uniform=each.uniform)
     metrics: Metrics = {}
     losses: list[torch.Tensor] = []
     for term in each.terms:

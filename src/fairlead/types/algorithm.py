@@ -51,6 +51,8 @@ class Pass:
     temperature: float = 1.0
     prepare: Prepare | None = None
     """Asked before the first backward pass of a step, for what depends on all of its micro-batches."""
+    uniform: bool = False
+    """Its loss weighs all counted tokens alike, which saves computing their logits twice."""
     batch: type[TokenBatch] = TokenBatch
     """The micro-batches it is for, where a step holds several kinds."""
 

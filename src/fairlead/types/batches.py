@@ -22,8 +22,8 @@ class Support:
     banned: Tensor
     """[N] a token that could not be drawn, or -1."""
 
-    def to(self, device: torch.device) -> Support:
-        return Support(self.kept.to(device), self.counts.to(device), self.banned.to(device))
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Support:
+        return Support(*(each.to(device, non_blocking=non_blocking) for each in (self.kept, self.counts, self.banned)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
