@@ -34,7 +34,9 @@ class Stub:
     def use(self, _: str) -> Any:
         return nullcontext()
 
-    def __call__(self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0) -> Outputs:
+    def __call__(
+        self, batch: TokenBatch, needs: frozenset[str], temperature: float = 1.0, *, uniform: bool = False
+    ) -> Outputs:
         found = self.outputs[int(batch.input_ids.flatten()[0])]
         assert needs <= found.keys()
         return Outputs(**found)

@@ -12,7 +12,7 @@ from tests.tiny import TREES, base, gradients, models, relative_error, scatter, 
 from fairlead.algorithms import dpo, reward, sft
 from fairlead.algorithms.reference import measure
 from fairlead.algorithms.terms import nll
-from fairlead.data.pack import preference_batch, token_batch
+from fairlead.data.pack import labelled_batch, preference_batch, token_batch
 from fairlead.data.render import Tree
 from fairlead.ops.returns import gae
 from fairlead.rollout.experience import measure_tokens
@@ -126,3 +126,26 @@ def test_each_term_is_divided_by_the_global_count_of_its_own_unit() -> None:
     metrics = backward(made, (Pass("policy", terms, frozenset({"logprobs"})),), batches)
     total = metrics["loss/a"] * 34
     assert metrics["loss"] == pytest.approx(total / 34 + 2 * total / 8, rel=1e-6)
+
+
+def test_the_binary_reward_loss_is_the_logistic_loss_of_the_labels() -> None:
+    """Against torch's own, from the scores of the same responses."""
+    made = models(("reward",))
+    trees = [Tree(pair.prompt, pair.responses[:1]) for pair in PAIRS]
+    labels = [True, False, False, True]
+    batch = labelled_batch(trees, labels, packed=True, pad_id=0)
+    with made.use("reward"), torch.no_grad():
+        scores = made(batch, frozenset({"scores"})).scores
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(scores, torch.tensor(labels).float())
+    metrics = backward(made, reward.passes(reward.Settings(loss="binary")), [batch])
+    assert metrics["loss"] == pytest.approx(float(wanted), abs=1e-6)
+    assert metrics["rewards/accuracies"] == float(((scores > 0) == torch.tensor(labels)).float().mean())
+    assert metrics["rewards/rejected"] == pytest.approx(float(scores[[1, 2]].mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "other", [{"rankings": True}, {"members": 2}, {"margin_coef": 1.0}, {"centring_coef": 0.1}, {"attributes": ("a",)}]
+)
+def test_the_binary_loss_refuses_what_it_has_no_use_for(other: dict) -> None:
+    with pytest.raises(ValueError, match=r"binary|labels"):
+        reward.Settings(loss="binary", **other)

@@ -17,7 +17,7 @@ from tests.tiny import gradients, models, relative_error, scatter
 from torch import Tensor
 
 import fairlead
-from fairlead.algorithms import reward
+from fairlead.algorithms import reward, reward_data
 from fairlead.data.pack import preference_batch, ranking_batch
 from fairlead.data.render import Tree
 from fairlead.errors import DataError
@@ -148,7 +148,7 @@ class Stub:
 
         return nullcontext()
 
-    def __call__(self, *_: Any) -> Outputs:
+    def __call__(self, *_: Any, **__: Any) -> Outputs:
         return Outputs(head_scores=self.scores, scores=self.scores.mean(1))
 
 
@@ -220,7 +220,7 @@ def test_single_responses_are_rated_and_compared_with_nothing() -> None:
 
 
 def test_a_bootstrap_counts_as_poisson_does() -> None:
-    times = reward.bootstrap(7, 3, range(40_000))
+    times = reward_data.bootstrap(7, 3, range(40_000))
     for k in range(4):
         share = math.exp(-1) / math.factorial(k)
         # Five standard errors of a share of 120,000.
@@ -230,9 +230,9 @@ def test_a_bootstrap_counts_as_poisson_does() -> None:
 
 
 def test_a_bootstrap_is_keyed_by_seed_member_and_pair_alone() -> None:
-    whole = reward.bootstrap(7, 4, range(100))
-    assert torch.equal(reward.bootstrap(7, 2, [3, 90, 41]), whole[[3, 90, 41], :2])
-    assert not torch.equal(reward.bootstrap(8, 4, range(100)), whole)
+    whole = reward_data.bootstrap(7, 4, range(100))
+    assert torch.equal(reward_data.bootstrap(7, 2, [3, 90, 41]), whole[[3, 90, 41], :2])
+    assert not torch.equal(reward_data.bootstrap(8, 4, range(100)), whole)
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
             hint="kto.loss=apo_zero needs none",
         )
     others = _mismatched(trees, stage.recipe.seed, stage.recipe.data.max_length) if mismatch else []
-    reference = reference_logprobs(stage, [*trees, *others])
+    reference = reference_logprobs(stage, [*trees, *others]) if "reference" in stage.models.roles else None
 
     def made(rows: Sequence[Tree], chosen: Sequence[int], first: int, other: LabelledBatch | None) -> LabelledBatch:
         return labelled_batch(
@@ -42,7 +42,7 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
             [labels[i] for i in chosen],
             packed=stage.packed,
             pad_id=stage.pad_id,
-            reference_logprobs=[values for i in chosen for values in reference[first + i]],
+            reference_logprobs=None if reference is None else [v for i in chosen for v in reference[first + i]],
             mismatched=other,
         )
 

@@ -4,10 +4,9 @@ ensemble, each on a bootstrap of its own, or one for each attribute that respons
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -15,16 +14,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fairlead.algorithms.reward_data import reward_source
 from fairlead.algorithms.stage import Stage
 from fairlead.config import Section
 from fairlead.data.loader import DatasetSource
-from fairlead.data.pack import preference_batch, ranking_batch
-from fairlead.errors import DataError
 from fairlead.models.heads import Combination, RewardHeads
-from fairlead.ops.sampling import keyed_uniform, stream_key
 from fairlead.ops.scores import attribute_pairs, bradley_terry, centring, disagreement, plackett_luce
 from fairlead.types import (
     Algorithm,
+    Labelled,
+    LabelledBatch,
     Mean,
     Metrics,
     Outputs,
@@ -42,9 +41,10 @@ CENTRING = 0.01
 
 
 class Settings(Section):
-    loss: Literal["bradley_terry", "plackett_luce", "regression"] = "bradley_terry"
+    loss: Literal["bradley_terry", "plackett_luce", "regression", "binary"] = "bradley_terry"
     """bradley_terry: of pairs; plackett_luce: of the whole order of a ranking; regression: squared distance to the
-    ratings of the data set."""
+    ratings of the data set; binary: of single responses, each good or bad, so that sigmoid(score) is the probability of
+    a good one."""
     rankings: bool = False
     """All responses to a prompt in one row, and of each ranking every pair that is no tie, weighing as much as one pair
     together (InstructGPT); else of a ranking the best against the worst. plackett_luce, regression and attributes
@@ -72,7 +72,7 @@ class Settings(Section):
 
     @property
     def takes_rankings(self) -> bool:
-        return self.rankings or self.loss != "bradley_terry" or bool(self.attributes)
+        return self.rankings or self.loss in ("plackett_luce", "regression") or bool(self.attributes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,11 +95,13 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _go_together(self) -> Settings:
-        given = [name for name in ("margin_coef", "label_smoothing") if getattr(self, name)]
-        if self.loss != "bradley_terry" and given:
+        known = {"bradley_terry": (), "binary": ("margin_coef",)}.get(self.loss, ("margin_coef", "label_smoothing"))
+        if given := [name for name in known if getattr(self, name)]:
             raise ValueError(f"{' and '.join(given)}: for loss bradley_terry, not for {self.loss}")
-        if self.loss == "regression" and self.centring_coef:
-            raise ValueError("centring_coef is for losses of comparisons: ratings say where the scores lie")
+        if self.loss in ("regression", "binary") and self.centring_coef:
+            raise ValueError("centring_coef is for losses of comparisons: ratings and labels say where the scores lie")
+        if self.loss == "binary" and (self.rankings or self.names):
+            raise ValueError("loss binary has single responses and one head: no rankings, members or attributes")
         if twice := [name for name, number in Counter(self.attributes).items() if number > 1]:
             raise ValueError(f"attributes holds {', '.join(twice)} more than once")
         if self.attributes and self.members is not None:
@@ -204,6 +206,19 @@ def pointwise(outputs: Outputs, batch: RankingBatch, *, settings: Settings) -> t
     return errors.sum(), metrics
 
 
+def labelwise(outputs: Outputs, batch: LabelledBatch, *, settings: Settings) -> tuple[Tensor, Metrics]:
+    """Logistic loss of the labels, summed over responses; unit ``sequence``."""
+    scores, good = outputs.scores, batch.label
+    losses = bradley_terry(
+        torch.where(good, scores, -scores), torch.zeros_like(scores), label_smoothing=settings.label_smoothing
+    )
+    right = torch.where(good, scores > 0, scores < 0).sum()
+    metrics: Metrics = {"rewards/accuracies": Mean(right, batch.counts["sequence"])}
+    for name, side in (("chosen", good), ("rejected", ~good)):
+        metrics[f"rewards/{name}"] = Mean(scores.detach()[side].sum(), side.sum())
+    return losses.sum(), metrics
+
+
 @torch.no_grad()
 def _metrics(outputs: Outputs, batch: PreferenceBatch, settings: Settings) -> Metrics:
     """Of the combined score on the pairs of the data; of each head on its own."""
@@ -236,6 +251,8 @@ def passes(settings: Settings) -> tuple[Pass, ...]:
     unit = "attribute_ranking" if settings.attributes else "ranking" if settings.takes_rankings else "pair"
     if settings.loss == "bradley_terry":
         terms = [Term("bradley_terry", unit, partial(pairwise, settings=settings))]
+    elif settings.loss == "binary":
+        terms = [Term("binary", "sequence", partial(labelwise, settings=settings))]
     elif settings.loss == "plackett_luce":
         terms = [Term("plackett_luce", unit, partial(listwise, settings=settings))]
     else:
@@ -246,133 +263,18 @@ def passes(settings: Settings) -> tuple[Pass, ...]:
     return (Pass("reward", tuple(terms), frozenset({"scores"})),)
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
 def source(stage: Stage) -> DatasetSource:
-    return _source(stage, stage.records, "train")
+    return reward_source(stage, stage.records, "train")
 
 
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
-    return stage.loss_evaluation(passes(stage.settings), _source(stage, stage.eval_records, "eval").in_order)
-
-
-def _source(stage: Stage, records: Sequence[Preference] | Sequence[Ranking], split: str) -> DatasetSource:
-    settings: Settings = stage.settings
-    if not settings.takes_rankings:
-        return _pairs(stage, [record for record in records if isinstance(record, Preference)], split)
-    rankings = [record for record in records if isinstance(record, Ranking)]
-    if split == "train":
-        _refuse_unknown(settings.attributes, rankings)
-    lacking = [_lacking(ranking, settings) for ranking in rankings]
-    ordered = [ranking for ranking, reason in zip(rankings, lacking, strict=True) if reason is None]
-    reasons = Counter(reason for reason in lacking if reason is not None)
-    if not ordered:
-        raise DataError(
-            f"there is nothing to learn from {len(rankings)} {split} rankings: {dict(reasons)}",
-            hint="reward.loss=regression learns from single responses and from ties" if "tie" in reasons else None,
-        )
-    if settings.loss == "regression" and not settings.attributes and any(each.scores is None for each in ordered):
-        raise DataError(
-            f"{sum(ranking.scores is None for ranking in ordered)} of {len(ordered)} {split} rankings have no scores, "
-            "which reward.loss=regression learns",
-            hint="reward.loss=plackett_luce learns from the order alone",
-        )
-    trees, kept = stage.trees(ordered, split)
-    for reason, number in reasons.items():
-        stage.drop(split, reason, number)
-    levels = [_levels(ordered[i]) for i in kept]
-    ratings = [ordered[i].scores or () for i in kept] if all(ordered[i].scores for i in kept) else None
-    judged = [_judged(ordered[i], settings.attributes) for i in kept] if settings.attributes else None
-    times = _times(stage, kept, split)
-
-    def collate(chosen: Sequence[int]) -> RankingBatch:
-        batch = ranking_batch(
-            [trees[i] for i in chosen],
-            [levels[i] for i in chosen],
-            packed=stage.packed,
-            pad_id=stage.pad_id,
-            ratings=None if ratings is None else [ratings[i] for i in chosen],
-            attributes=None if judged is None else [judged[i] for i in chosen],
-        )
-        return batch if times is None else replace(batch, times=times[list(chosen)])
-
-    return stage.dataset_source([tree.num_tokens for tree in trees], collate)
-
-
-def _pairs(stage: Stage, records: Sequence[Preference], split: str) -> DatasetSource:
-    trees, kept = stage.trees(records, split)
-    margins = [records[i].margin or 0.0 if stage.settings.margin_coef else None for i in kept]
-    times = _times(stage, kept, split)
-
-    def collate(chosen: Sequence[int]) -> PreferenceBatch:
-        batch = preference_batch(
-            [trees[i] for i in chosen],
-            packed=stage.packed,
-            pad_id=stage.pad_id,
-            margins=[margins[i] for i in chosen],
-        )
-        return batch if times is None else replace(batch, times=times[list(chosen)])
-
-    return stage.dataset_source([tree.num_tokens for tree in trees], collate)
-
-
-def _times(stage: Stage, examples: Sequence[int], split: str) -> Tensor | None:
-    """[N, K]; held-out examples count once for every member."""
-    members: int | None = stage.settings.members
-    return bootstrap(stage.recipe.seed, members, examples) if members is not None and split == "train" else None
-
-
-def bootstrap(seed: int, members: int, examples: Sequence[int]) -> Tensor:
-    """How often each example is in the bootstrap of each member: Poisson(1), keyed by (seed, member, example), to which
-    drawing N of N with replacement tends (Oza and Russell 2001, "Online Bagging and Boosting"). [N, K]"""
-    items = torch.tensor(examples)
-    below = torch.tensor([math.exp(-1) / math.factorial(k) for k in range(20)], dtype=torch.float64).cumsum(0)
-    draws = [
-        keyed_uniform(stream_key(seed, "bootstrap", member), items, torch.zeros_like(items), 0)
-        for member in range(members)
-    ]
-    return torch.searchsorted(below, torch.stack(draws, 1), right=True).float()
-
-
-def _refuse_unknown(attributes: Sequence[str], rankings: Sequence[Ranking]) -> None:
-    there = {name for ranking in rankings for name, scores in ranking.attributes.items() if set(scores) != {None}}
-    if missing := [name for name in attributes if name not in there]:
-        raise DataError(
-            f"no row has a score of {', '.join(missing)}, which reward.attributes names",
-            hint=f"the rows have: {', '.join(sorted(there)) or 'none'}; data.columns can name the column of a score, "
-            f"as in data.columns={{attributes.{missing[0]}: COLUMN}}",
-        )
-
-
-def _lacking(ranking: Ranking, settings: Settings) -> str | None:
-    """Why nothing can be learned from it; none where something can."""
-    if not settings.attributes:
-        return "tie" if settings.loss != "regression" and _levels(ranking)[-1] == 0 else None
-    known = [{score for score in ranking.attributes.get(name, ()) if score is not None} for name in settings.attributes]
-    if not any(known):
-        return "no score of an attribute"
-    return "tie" if settings.loss != "regression" and all(len(scores) < 2 for scores in known) else None
-
-
-def _judged(ranking: Ranking, attributes: Sequence[str]) -> Tensor:
-    """[responses, K], nan where there is no score."""
-    none = (None,) * len(ranking.responses)
-    columns = [ranking.attributes.get(name, none) for name in attributes]
-    return torch.tensor([[math.nan if score is None else score for score in row] for row in zip(*columns, strict=True)])
-
-
-def _levels(ranking: Ranking) -> list[int]:
-    """Place of each response, equal scores sharing one."""
-    if ranking.scores is None:
-        return list(range(len(ranking.responses)))
-    levels = [0]
-    for before, score in zip(ranking.scores, ranking.scores[1:], strict=False):
-        levels.append(levels[-1] + (score < before))
-    return levels
+    held_out = reward_source(stage, stage.eval_records, "eval")
+    return stage.loss_evaluation(passes(stage.settings), held_out.in_order)
 
 
 def _record(settings: Settings) -> type[Record]:
+    if settings.loss == "binary":
+        return Labelled
     return Ranking if settings.takes_rankings else Preference
 
 
