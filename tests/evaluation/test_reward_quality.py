@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from tests.evaluation.conftest import PAIRS, TINY, Runs, settings
 
@@ -32,7 +34,10 @@ from fairlead.evaluation.reward_quality import (
     score_histogram,
     spearman,
 )
+from fairlead.models.heads import RewardHeads
 from fairlead.pipeline import run_pipeline
+from fairlead.rollout.rewards.models import Heads
+from fairlead.runner import train
 from fairlead.types import Preference
 
 LN3 = math.log(3)
@@ -274,7 +279,7 @@ def test_the_largest_sources_are_named_and_the_others_taken_together():
 class Fake:
     """A reward model whose tokens are letters: it reads three of them and scores by the last."""
 
-    max_length = 3
+    max_length, heads = 3, None
 
     def ids(self, texts: Sequence[tuple[Any, Any]]) -> list[tuple[int, ...]]:
         return [tuple(map(ord, prompt + text)) for prompt, text in texts]
@@ -289,6 +294,31 @@ def test_pairs_read_without_their_beginning_are_counted_once():
     found = judge(fake, pairs, ["x"] * 3)
     assert found.margins.tolist() == [-1.0, -1.0, ord("d") - ord("h")]
     assert found.cut == 2
+
+
+class FakeHeads(Fake):
+    """Two heads: the last letter, and how many letters there are; the lower one is the score."""
+
+    heads: Any = Heads(RewardHeads("ensemble", ("last", "length"), "minimum"))
+
+    def matrix_ids(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        return torch.tensor([[float(row[-1]), float(len(row))] for row in rows])
+
+
+def test_each_of_several_heads_is_measured_beside_their_combination_by_hand():
+    pairs = [Preference("p", "ab", "c"), Preference("q", "a", "bcd")]
+    fake: Any = FakeHeads()
+    found = judge(fake, pairs, ["x"] * 2)
+    # Letters: b 98, c 99, a 97, d 100; lengths with the prompt: 3, 2, 2, 4, which are the lower.
+    assert (found.chosen.tolist(), found.rejected.tolist()) == ([3.0, 2.0], [2.0, 4.0])
+    metrics, _ = measure(found, seed=0)
+    assert metrics["accuracy"].mean == 0.5
+    assert metrics["reward/accuracy/last"].mean == 0.0
+    assert metrics["reward/accuracy/length"].mean == 0.5
+    spreads = [(98 - 3) / 2, (99 - 2) / 2, (97 - 2) / 2, (100 - 4) / 2]
+    assert metrics["reward/disagreement"].mean == pytest.approx(sum(spreads) / 4)
+    attributes = replace(found, heads=RewardHeads("attributes", ("last", "length")))
+    assert "reward/disagreement" not in measure(attributes, seed=0)[0]
 
 
 # --- what an evaluation leaves -------------------------------------------------------------------------------------
@@ -319,6 +349,18 @@ def test_an_evaluation_writes_metrics_and_curves_by_source(runs: Runs, tmp_path:
     # "No." is always the shorter one and scores lower: learned in 20 steps.
     assert found["reward/length_correlation_within"]["mean"] == 1.0
     assert "reward/accuracy_longer_rejected" not in found
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["whole", "adapter"])
+def test_an_ensemble_is_evaluated_with_each_member_and_their_disagreement(adapter: Any, runs: Runs, tmp_path: Path):
+    more = {"model.path": str(runs.reference), "model.adapter": adapter, "train.steps": 20}
+    more |= {"reward.members": 3, "reward.combine": "minimum"}
+    run = train({"algorithm": "reward"}, settings(tmp_path, "ensemble", **more), data=PAIRS).path
+    found = evaluate([run], pairs=PAIRS)["ensemble"]
+    members = [found[f"reward/accuracy/member_{k}"]["mean"] for k in (1, 2, 3)]
+    assert found["accuracy"]["mean"] == 1.0 and min(members) > 0.8
+    assert found["reward/disagreement"]["mean"] > 0
+    assert found["reward/disagreement"]["n"] == 12
 
 
 def test_pairs_beyond_the_models_positions_are_counted(runs: Runs):

@@ -4,6 +4,8 @@ bytes of the others, and the reference stays what it was."""
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -287,3 +289,15 @@ def test_each_form_is_said_for_the_manifest(saved: Path) -> None:
         f"policy: continues the adapter {saved / 'sft'} on its base {place}; nothing is merged",
         f"reference: the frozen adapter {saved / 'sft'}, sha256 {digest}",
     )
+
+
+def test_roles_without_an_adapter_import_no_peft() -> None:
+    code = """
+import sys
+from tests.tiny import models
+made = models(("policy", "reference", "value"))
+with made.use("reference"):
+    assert made.active_network() is not made.causal
+assert "peft" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -28,6 +28,7 @@ from fairlead.evaluation.metrics import (
     paired_difference,
     per_prompt,
 )
+from fairlead.models.heads import RewardHeads
 from fairlead.rollout.rewards import ModelReward
 from fairlead.types import Conversation, Preference
 
@@ -54,6 +55,9 @@ class Judged:
     rejected: Floats
     cut: int
     """Pairs of which a side is longer than the model reads: its beginning was left out."""
+    heads: RewardHeads | None = None
+    head_scores: Floats | None = None
+    """[P, 2, K] of several heads: chosen, rejected."""
 
     @property
     def margins(self) -> Floats:
@@ -64,9 +68,14 @@ def judge(reward: ModelReward, pairs: Sequence[Preference], sources: Sequence[st
     """Both sides of each pair, scored."""
     texts: list[tuple[Conversation, str]] = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
     rows = reward.ids(texts)
-    scores = np.array(reward.score_ids(rows))
     cut = sum(max(map(len, both)) > reward.max_length for both in zip(rows[::2], rows[1::2], strict=True))
-    return Judged(pairs, sources, scores[::2], scores[1::2], cut)
+    if reward.heads is None:
+        scores = np.array(reward.score_ids(rows))
+        return Judged(pairs, sources, scores[::2], scores[1::2], cut)
+    each = reward.matrix_ids(rows).double()
+    scores = reward.heads.combined(each).numpy()
+    by_pair = each.numpy().reshape(len(pairs), 2, -1)
+    return Judged(pairs, sources, scores[::2], scores[1::2], cut, reward.heads.saved, by_pair)
 
 
 def pair_margins(reward: ModelReward, pairs: Sequence[Preference]) -> list[float]:
@@ -99,7 +108,7 @@ def measure(judged: Judged, *, seed: int) -> tuple[dict[str, Estimate], dict[str
     metrics["reward/margin"] = paired_difference(judged.chosen, judged.rejected, prompts, seed=seed)
     metrics["reward/ece"] = calibration_error(confidence, right, prompts, seed=seed)
     metrics["reward/brier"] = pair_mean(brier(margins), prompts, seed=seed)
-    metrics |= _length_correlations(judged, seed)
+    metrics |= _length_correlations(judged, seed) | _of_heads(judged, prompts, seed)
 
     given = [(i, pair.margin) for i, pair in enumerate(judged.pairs) if pair.margin is not None]
     by_margin = _binned([margin for _, margin in given], [i for i, _ in given], MARGIN_BINS)
@@ -125,6 +134,21 @@ def measure(judged: Judged, *, seed: int) -> tuple[dict[str, Estimate], dict[str
         "scores": score_histogram(judged.chosen, judged.rejected),
     }
     return metrics, curves
+
+
+def _of_heads(judged: Judged, prompts: Sequence[Hashable], seed: int) -> dict[str, Estimate]:
+    """Accuracy of each of several heads; of an ensemble how far its members disagree, as a mean over responses."""
+    if judged.heads is None or judged.head_scores is None:
+        return {}
+    margins = judged.head_scores[:, 0] - judged.head_scores[:, 1]
+    found = {
+        f"reward/accuracy/{name}": pair_accuracy(margins[:, k], prompts, seed=seed)
+        for k, name in enumerate(judged.heads.names)
+    }
+    if judged.heads.kind == "ensemble":
+        spread = judged.head_scores.std(axis=2).mean(axis=1)
+        found["reward/disagreement"] = pair_mean(spread, prompts, seed=seed)
+    return found
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------
