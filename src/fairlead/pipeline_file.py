@@ -19,6 +19,8 @@ OWN_KEYS = ("name", "directory", "seed", "stages")
 INPUTS = ("path", "eval_path", "text", "tokenizer", "reward", "watch", "prompts", "pairs", "demonstrations", "scores")
 """Settings that name files, folders or functions: the last part of their key, or a part before it."""
 _FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".xml")
+_NO_FILES = ("function", "rule", "url")
+"""Keys of a reward that is no file: what else it says is none either."""
 _NEEDED = ("path", "reward", "prompts")
 """Settings that cannot be null where they refer to a value: the last part of their key."""
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
@@ -116,7 +118,7 @@ def require_inputs(settings: Mapping[str, Any], folder: Path) -> None:
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Every string in settings, with the key it stands under."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and (key not in INPUTS or value.keys().isdisjoint(_NO_FILES)):
         for name, item in value.items():
             yield from _texts(item, key if key in INPUTS else name)
     elif isinstance(value, list | tuple):

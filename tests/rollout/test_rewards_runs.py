@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.end_to_end.rows import PROMPTS, SCRATCH, brevity, settings
+from tests.end_to_end.rows import PROMPTS, ROWS, SCRATCH, brevity, settings
 from tests.tiny import base, models, scatter
 
 from fairlead.algorithms import find
 from fairlead.assemble import Given, build_models
+from fairlead.errors import DataError
+from fairlead.evaluation import evaluate
 from fairlead.manifest import fingerprints
 from fairlead.models.export import save_model
+from fairlead.pipeline_file import require_inputs
 from fairlead.planning.plan import plan_run
 from fairlead.runner import resolve, train
 from fairlead.tracking import tree_sha256
+
+SMALL = {"model.path": None, "model.adapter": None, "model.scratch": SCRATCH}
 
 
 @pytest.fixture
@@ -54,9 +59,7 @@ def test_a_run_learns_from_a_list_and_keeps_what_each_source_says(tmp_path: Path
 
 
 def test_python_may_mix_functions_with_other_sources(tmp_path: Path) -> None:
-    given = settings(
-        "ppo", tmp_path, **{"model.path": None, "model.adapter": None, "model.scratch": SCRATCH, "train.steps": 1}
-    )
+    given = settings("ppo", tmp_path, **{**SMALL, "train.steps": 1})
     run = train("ppo", given, data=PROMPTS, reward=[brevity, "rule:length"])
     row = next(
         json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines() if "objective" in line
@@ -87,3 +90,17 @@ def test_the_memory_plan_counts_each_model_that_is_loaded_beside_the_policy(tmp_
     several = f"ppo.reward=[rule:length, {{path: [{reward_run}, {reward_run}]}}]"
     recipe = _recipe(tmp_path / "base", several, f"ppo.watch={{again: {reward_run}, rule: 'rule:length'}}")
     assert plan_run(recipe, find("ppo"), build_models).others == {"reward": 2 * size, "again": size}
+
+
+def test_a_pipeline_looks_for_the_files_of_rewards_and_for_no_pattern(tmp_path: Path) -> None:
+    pattern = {"rule": "regex", "arguments": {"pattern": "./.*"}}
+    require_inputs({"ppo": {"reward": ["rule:length", pattern], "watch": {"again": pattern}}}, tmp_path)
+    with pytest.raises(DataError, match="nowhere"):
+        require_inputs({"ppo": {"reward": [pattern, {"path": ["./nowhere", "./else"]}]}}, tmp_path)
+
+
+def test_an_evaluation_takes_every_form_of_reward(tmp_path: Path, reward_run: Path) -> None:
+    run = train("pretrain", settings("pretrain", tmp_path, **SMALL), data=ROWS["pretrain"]).path
+    scores = {"words": {"rule": "length", "arguments": {"unit": "words"}}, "both": [reward_run, brevity]}
+    found = evaluate([run], prompts=PROMPTS, scores=scores, num_prompts=4, max_new_tokens=6)["pretrain"]
+    assert found["words"]["mean"] >= 0 and found["words"]["n"] == found["both"]["n"] == 4

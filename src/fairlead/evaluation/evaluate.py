@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,15 +28,16 @@ from fairlead.models.roles import Models
 from fairlead.ops.kl import k1
 from fairlead.rollout.experience import measure_tokens
 from fairlead.rollout.native import NativeSampler
-from fairlead.rollout.rewards import ModelReward, open_model, open_reward
+from fairlead.rollout.rewards import EnsembleReward, ModelReward, open_model, open_reward
+from fairlead.rollout.rewards.settings import Given
 from fairlead.runner import resolve
 from fairlead.tracking import RunDirectory
-from fairlead.types import Conversation, Demonstration, Preference, Prompt, Record, Rollout, Sampling
+from fairlead.types import Conversation, Demonstration, Preference, Prompt, Record, Reward, Rollout, Sampling
 
 Data = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 """A file of records, a folder written by `fairlead prepare` (its held-out part), a hub id, several of them, or rows."""
-ScoreSource = str | Path | Callable[..., Sequence[float]]
-"""A reward run or folder, `module:function`, or a function with trlX's signature."""
+ScoreSource = Given
+"""A reward run or folder, `module:function`, or any other source of rewards; or a function with trlX's signature."""
 RESERVED = ("distinct_1", "distinct_2", "finished", "kl", "length", "perplexity", "win_rate")
 """Metrics of a policy: no score can bear their names."""
 READ_FACTOR = 16
@@ -91,7 +92,7 @@ class _Plan:
     device: torch.device
     counts: dict[str, dict[str, Any]]
     """What became of the rows: prompts, pairs, demonstrations -> read, kept, cut, dropped."""
-    opened: dict[str, ModelReward] = field(default_factory=dict[str, ModelReward])
+    opened: dict[str, Reward] = field(default_factory=dict[str, Reward])
     """Reward models that serve every run: they bring their own tokenizer and template."""
 
     def by_prompt(self, values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -262,9 +263,8 @@ def _answer(run: _Run, plan: _Plan, models: Models) -> _Answers:
     rollouts = [rollout for of_prompt in zip(*drawn, strict=True) for rollout in of_prompt]
     scores: dict[str, list[float]] = {}
     for name, source in plan.scores.items():
-        place = str(source) if isinstance(source, Path) else source
-        reward = plan.opened.get(name) or open_reward(place, renderer, device=plan.device)
-        if isinstance(reward, ModelReward):
+        reward = plan.opened.get(name) or open_reward(source, renderer, device=plan.device)
+        if isinstance(reward, ModelReward | EnsembleReward):
             plan.opened[name] = reward
         scores[name] = list(reward(rollouts).values)
     return _Answers(run, models, rollouts, scores)

@@ -94,11 +94,12 @@ class ModelReward:
     """A trained reward. ``heads`` is none where it has one."""
 
     def __init__(
-        self, origin: str, *, limit: int, packed: bool, heads: Heads | None, options: ModelSource | None, budget: int
+        self, origin: str, config: Any, *, packed: bool, heads: Heads | None, options: ModelSource | None, budget: int
     ) -> None:
         self.name = short_name(origin) if options is None else options.called
         self.heads, self._packed, self._budget = heads, packed, budget
         self._rows = options and options.batch_size
+        limit = getattr(config, "max_position_embeddings", None) or 2**31
         if options is not None and options.max_length is not None:
             limit = min(limit, options.max_length)
         template = read_meta(resolve_folder(origin)).get("template", "auto")
@@ -172,8 +173,8 @@ class ClassifierReward(ModelReward):
                 hint="it can be what is optimised, as path and label; here give the run of a reward stage",
             )
         saved = RewardHeads.read(read_meta(resolve_folder(origin)), model.config.num_labels, origin)
-        heads, limit = Heads.of(saved, options, origin), model.config.max_position_embeddings
-        super().__init__(origin, limit=limit, packed=False, heads=heads, options=options, budget=budget)
+        heads = Heads.of(saved, options, origin)
+        super().__init__(origin, model.config, packed=False, heads=heads, options=options, budget=budget)
 
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         width, pad = max(map(len, rows)), self._renderer.eos
@@ -193,8 +194,8 @@ class RoleReward(ModelReward):
     def __init__(self, models: Models, *, options: ModelSource | None = None, budget: int = BUDGET) -> None:
         assert models.shared_reward is not None
         self._models, place = models, str(models.shared_reward.path)
-        heads, limit = Heads.of(models.reward_heads, options, place), models.causal.config.max_position_embeddings
-        super().__init__(place, limit=limit, packed=models.forest, heads=heads, options=options, budget=budget)
+        heads, config = Heads.of(models.reward_heads, options, place), models.causal.config
+        super().__init__(place, config, packed=models.forest, heads=heads, options=options, budget=budget)
 
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         trees = [Tree((), (row,)) for row in rows]
