@@ -50,6 +50,15 @@ def test_a_full_size_recipe_trains_what_its_source_trained(name: str, shape: str
     assert (sum(p.numel() for p in models.trainable.values()) - heads, heads) == (adapter, head)
 
 
+def test_the_stages_of_stack_llama_share_one_template() -> None:
+    stages = {name: resolve(f"stack-llama/{name}").recipe for name in ("sft", "reward", "ppo", "dpo")}
+    assert {recipe.data.template for recipe in stages.values()} == {"question-answer"}
+    assert {recipe.run.directory for recipe in stages.values()} == {"runs/stack-llama"}
+    merged = {stages[name].model.path for name in ("reward", "ppo", "dpo")}
+    assert merged == {"runs/stack-llama/sft-merged"}  # one base, so that the reward stands on the policy's
+    assert stages["ppo"].settings.reward == "runs/stack-llama/reward"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), [row[:2] for row in FULL_SIZE], ids=[row[0] for row in FULL_SIZE])
 def test_a_full_size_recipe_can_be_planned(name: str, shape: str) -> None:
