@@ -170,6 +170,13 @@ def test_plan_gives_the_resolved_settings_and_makes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_data_that_are_made_here_take_no_path():
+    made = {"prepare": "arithmetic", "solved": 5}
+    ((_, _, settings),) = plan({"seed": 4, "stages": {"prepared": made}})
+    assert settings == made | {"seed": 4}
+    assert "stage prepared: no setting 'path'" in refused({"stages": {"prepared": made | {"path": "sums.jsonl"}}})
+
+
 # --- what is done again
 
 

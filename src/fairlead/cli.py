@@ -99,7 +99,7 @@ def _kind_lines(kind: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{kind['name']}: {kind['about']}",
-            f"  {kind['source'] or 'your own files'}",
+            f"  {kind['source'] or ('made here' if kind['made_here'] else 'your own files')}",
             f"  licence: {kind['licence']}{use}",
             *options,
             "",

@@ -178,12 +178,15 @@ _Resolved = tuple[dict[str, Any], Callable[[], Any]]
 
 
 def _prepare(stage: Stage) -> _Resolved:
-    from fairlead.data.prepare import check_options, prepare
+    from fairlead.data.prepare import KINDS, check_options, prepare
 
     settings = nest(stage.settings)
     own = ("path", "text", "seed")
     check_options(stage.subject, {key: value for key, value in settings.items() if key not in own})
-    return {"prepare": stage.subject, **settings}, _bind(prepare, settings, kind=stage.subject, out=stage.folder)
+    fixed: dict[str, Any] = {"kind": stage.subject, "out": stage.folder}
+    if KINDS[stage.subject].find is None:  # made here: there is no path to give
+        fixed["path"] = None
+    return {"prepare": stage.subject, **settings}, _bind(prepare, settings, **fixed)
 
 
 def _train(stage: Stage) -> _Resolved:

@@ -59,16 +59,15 @@ def prepare(
     """Prepares the raw data at ``path`` into the folder ``out`` and returns its manifest.
 
     ``kind`` is one of KINDS, each with ``options`` of its own; without a ``path`` the published files are fetched from
-    the hub. ``text`` adds plain text to what is pretrained on. When ``out`` already holds what these inputs give,
-    nothing is done; what a killed call left is taken up again.
+    the hub, and a kind that is made here takes none. ``text`` adds plain text to what is pretrained on. When ``out``
+    already holds what these inputs give, nothing is done; what a killed call left is taken up again.
 
     Raises ConfigError for an unknown kind or option, DataError for paths, rows and disks that do not serve.
     """
     settings = check_options(kind, options)
     chosen, out = KINDS[kind], Path(out).resolve()
-    path = fetch(chosen, say) if path is None else Path(path)
-    files, texts = chosen.find(path), [] if text is None else text_files(text)
-    inputs = _describe(files, path, chosen.source, say)
+    files, inputs = _inputs(chosen, path, say)
+    texts = [] if text is None else text_files(text)
     if text is not None:
         inputs += [{**entry, "is_text": True} for entry in _describe(texts, Path(text), Source(""), say)]
     request: dict[str, Any] = {
@@ -92,6 +91,17 @@ def prepare(
         manifest = request | origin | {"counts": counts}
         publish(work, done, manifest, rows, say)
     return manifest
+
+
+def _inputs(kind: Kind, path: str | Path | None, say: Say) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The files to read, and what the manifest says of them; none where the rows are made here."""
+    if kind.find is None:
+        if path is not None:
+            raise DataError(f"{kind.name} is made of its options and a seed alone, and {path} is given", "leave it out")
+        return [], []
+    path = fetch(kind, say) if path is None else Path(path)
+    files = kind.find(path)
+    return files, _describe(files, path, kind.source, say)
 
 
 def _written(kind: Kind, files: Sequence[Path], work: Path, settings: Any, seed: int, say: Say) -> dict[str, Any]:
@@ -136,6 +146,7 @@ def describe_kinds() -> list[dict[str, Any]]:
             "about": kind.about,
             "source": kind.source.url or None,
             "hub": kind.source.hub,
+            "made_here": kind.find is None,
             "licence": kind.licence,
             "research_only": kind.research_only,
             "options": _describe_options(kind.options),

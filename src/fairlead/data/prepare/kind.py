@@ -30,12 +30,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of raw data.
+    """One kind of raw data, or of data made here.
 
-    ``find(path)`` lists the input files; it raises DataError where there are none. ``write(files, folder, options,
-    seed, say)`` writes the outputs into ``folder`` and returns what became of the rows: ``read``, ``kept`` and
-    ``dropped`` by reason, and whatever else is worth knowing. The folder survives a kill and is handed to the next
-    call with the same request, so a kind may leave finished work there under names of its own.
+    ``find(path)`` lists the input files; it raises DataError where there are none. It is none where the rows are made
+    from options and seed alone: then no path is given. ``write(files, folder, options, seed, say)`` writes the outputs
+    into ``folder`` and returns what became of the rows: ``read``, ``kept`` and ``dropped`` by reason, and whatever else
+    is worth knowing. The folder survives a kill and is handed to the next call with the same request, so a kind may
+    leave finished work there under names of its own.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Kind:
     licence: str
     options: type
     """A frozen dataclass with a default for every field; its fields' docstrings are the help."""
-    find: Callable[[Path], list[Path]]
+    find: Callable[[Path], list[Path]] | None
     write: Callable[[Sequence[Path], Path, Any, int, Say], dict[str, Any]]
     research_only: bool = False
     """The licence forbids commercial use, or there is none."""

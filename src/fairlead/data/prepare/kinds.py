@@ -15,10 +15,12 @@ from pydantic import Field
 
 from fairlead.data import hh, stack_exchange
 from fairlead.data.prepare import parsers
+from fairlead.data.prepare.arithmetic import ArithmeticOptions, write_problems
 from fairlead.data.prepare.kind import Kind, Say, Source
 from fairlead.data.prepare.parsers import MathOptions, PairOptions, ReviewOptions
 from fairlead.data.prepare.rows import writing
 from fairlead.data.prepare.sets import SetOptions, write_set
+from fairlead.data.prepare.walks import WalkOptions, write_walks
 from fairlead.data.sources import Counts, find_files, format_of
 from fairlead.data.splits import split_of
 from fairlead.data.text import read_documents, text_files
@@ -206,6 +208,24 @@ KINDS = {
             TextOptions,
             text_files,
             _write_text,
+        ),
+        Kind(
+            "random-walks",
+            "walks on a small graph that should reach a goal: trlX's test of algorithms, made here",
+            Source("https://github.com/CarperAI/trlx/tree/main/examples/randomwalks"),
+            "none needed: numbers drawn by a program",
+            WalkOptions,
+            None,
+            write_walks,
+        ),
+        Kind(
+            "arithmetic",
+            "sums with worked answers that end in a number, as GSM8K's do, made here",
+            Source(""),
+            "none needed: numbers drawn by a program",
+            ArithmeticOptions,
+            None,
+            write_problems,
         ),
     )
 }  # fmt: skip
