@@ -20,7 +20,7 @@ from fairlead.config_file import read_mapping
 from fairlead.pipeline_file import nest
 from fairlead.training import checkpoint
 
-VERBS = {"train", "resume", "prepare", "inspect", "pipeline", "evaluate", "score", "merge", "push", "report", "demo"}
+VERBS = set("train resume prepare inspect pipeline evaluate score merge push import report demo".split())
 Command = Callable[..., tuple[str, str]]
 
 
@@ -65,7 +65,7 @@ def test_help_lists_every_verb_and_imports_no_torch() -> None:
 def test_the_help_of_each_verb_names_its_options(fairlead_command: Command) -> None:
     for verb in VERBS:
         text, _ = fairlead_command(verb, "--help")
-        assert ("--out" in text) == (verb in ("prepare", "score", "merge", "report", "demo"))
+        assert ("--out" in text) == (verb in ("prepare", "score", "merge", "import", "report", "demo"))
         assert ("--dry-run" in text) == (verb in ("train", "pipeline"))
         assert ("--json" in text) == (verb != "report")
 
