@@ -20,7 +20,20 @@ from fairlead.config_file import read_mapping
 from fairlead.pipeline_file import nest
 from fairlead.training import checkpoint
 
-VERBS = set("train resume prepare inspect pipeline evaluate score merge push import report demo".split())
+VERBS = {
+    "train",
+    "resume",
+    "prepare",
+    "inspect",
+    "pipeline",
+    "evaluate",
+    "score",
+    "merge",
+    "push",
+    "import",
+    "report",
+    "demo",
+}
 Command = Callable[..., tuple[str, str]]
 
 
