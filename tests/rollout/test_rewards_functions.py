@@ -74,6 +74,7 @@ def test_a_function_gets_what_it_takes_and_the_tokenizer_and_tokens_where_it_nam
 def test_a_column_by_the_name_of_what_is_given_besides_is_refused() -> None:
     with pytest.raises(TrainingError, match="a column of the prompts is called 'outputs'"):
         _score(lambda outputs: [0.0], _rollout("why?", "so", outputs=3))
+    assert _score("rule:length", _rollout("why?", "so", outputs=3)).values == (2.0,)  # which is given no columns
 
 
 def test_arguments_of_a_source_are_handed_on_and_unknown_ones_refused(tmp_path: Path, monkeypatch) -> None:
@@ -89,6 +90,8 @@ def test_a_reward_that_cannot_be_found_says_what_to_write() -> None:
         _score("os:nothing")
     with pytest.raises(ConfigError, match="os:sep is a str, not a function"):
         _score("os:sep")
+    with pytest.raises(ConfigError, match=r"no reward: \[\] names none"):
+        _score([])
 
 
 # --- what it may return --------------------------------------------------------------------------------------------
@@ -197,6 +200,13 @@ def test_a_span_without_characters_goes_to_the_token_before_it_or_to_the_first()
     found = _score(lambda outputs: [[(0, 0, 1.0)], [(0, 0, 1.0)], [(4, 4, 1.0)]], empty, ROLLOUTS[1], ROLLOUTS[1])
     first, last = (1.0, *[0.0] * (length - 1)), (*[0.0] * (length - 2), 1.0, 0.0)
     assert found.tokens == ((1.0, *[0.0] * (len(empty.response_ids) - 1)), first, last)
+
+
+def test_a_text_that_ends_before_its_tokens_takes_spans() -> None:
+    """As that of a response which a stop string ended."""
+    ids = _rollout("why?", "the lamp is loose").response_ids[:-1]
+    rollout = Rollout(Prompt("why?"), (3,), ids, (-1.0,) * len(ids), True, "the lamp")
+    assert _score(lambda outputs: [[(0, 3, 1.0), (3, 8, 2.0)]], rollout).tokens == ((1.0, 2.0, 0.0, 0.0),)
 
 
 def test_spans_of_a_text_that_its_tokens_do_not_write_are_refused() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fairlead.config_file import suggest
@@ -38,17 +38,19 @@ class Asked:
             for prompt, rollout in zip(prompts, rollouts, strict=True)
         ]
         names = sorted({name for rollout in rollouts for name in rollout.prompt.columns})
-        if taken := [name for name in names if name in (*(each.name for each in fields(cls)), "tokenizer")]:
-            raise TrainingError(
-                f"a column of the prompts is called {taken[0]!r}, as what a reward is given besides", hint="rename it"
-            )
         columns = {name: [rollout.prompt.columns.get(name) for rollout in rollouts] for name in names}
         outputs, ids = [rollout.text for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
         return cls(samples, prompts, outputs, ids, columns)
 
     def texts(self) -> dict[str, list[Any]]:
-        """What every source is given, by name."""
-        return {"samples": self.samples, "prompts": self.prompts, "outputs": self.outputs, **self.columns}
+        """What is handed out, by name. Raises TrainingError for a column that bears one of these names."""
+        own = {"samples": self.samples, "prompts": self.prompts, "outputs": self.outputs}
+        for name in (*own, "response_ids", "tokenizer"):
+            if name in self.columns:
+                raise TrainingError(
+                    f"a column of the prompts is called {name!r}, as what a reward is given besides", hint="rename it"
+                )
+        return own | self.columns
 
     def parts(self, size: int) -> Iterator[Asked]:
         for at in range(0, len(self.outputs), size):

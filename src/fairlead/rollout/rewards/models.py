@@ -50,12 +50,15 @@ class Heads:
             {} if options is None else options.model_dump(include={"label", "use", "combine", "disagreement_weight"})
         )
         given = {key: value for key, value in asked.items() if value is not None}
-        if "use" in given:
-            raise ConfigError(f"use={given['use']}, but {place} is a trained reward, whose score is no probability")
         if saved is None:
+            given.pop("use", None)
             if given:
                 raise ConfigError(f"{next(iter(given))} has no effect on {place}: it is a reward of one head")
             return None
+        if "use" in given:
+            raise ConfigError(
+                f"use={given['use']}, but {place} is a trained reward of several heads: their score is no log-odds"
+            )
         picked = None
         if "label" in given:
             if given["label"] not in saved.names:
@@ -99,6 +102,7 @@ class ModelReward:
         self.name = short_name(origin) if options is None else options.called
         self.heads, self._packed, self._budget = heads, packed, budget
         self._rows = options and options.batch_size
+        self._is_probability = options is not None and options.use == "probability"
         limit = getattr(config, "max_position_embeddings", None) or 2**31
         if options is not None and options.max_length is not None:
             limit = min(limit, options.max_length)
@@ -153,7 +157,8 @@ class ModelReward:
         return found
 
     def _combined(self, matrix: Tensor) -> Tensor:
-        return matrix[:, 0] if self.heads is None else self.heads.combined(matrix)
+        scores = matrix[:, 0] if self.heads is None else self.heads.combined(matrix)
+        return scores.sigmoid() if self._is_probability else scores
 
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """[rows, K]"""

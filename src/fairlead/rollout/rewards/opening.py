@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fairlead.data.render import Renderer
+from fairlead.errors import ConfigError
 from fairlead.models.roles import Models
 from fairlead.rollout.rewards.calls import import_function
 from fairlead.rollout.rewards.classify import LabelReward
@@ -39,6 +40,8 @@ def open_reward(source: Given, renderer: Renderer, *, device: torch.device, mode
     these. ``renderer`` is the policy's: it says how a prompt reads as text; ``models`` are the policy's, on whose base
     a trained reward may be a role. Raises ConfigError and ModelError for what cannot be opened."""
     found = sources(source)
+    if not found:
+        raise ConfigError(f"no reward: {source!r} names none", hint="give one source or several")
     opened = [_open(each, renderer, device, models) for each in found]
     weights = [1.0 if callable(each) else each.weight for each in found]
     return opened[0] if len(opened) == 1 and weights == [1.0] else WeightedReward(opened, weights)

@@ -58,7 +58,8 @@ class ModelSource(_Source):
     """Which label of a classifier, or which attribute of a reward that has several."""
     use: Literal["probability", "logit"] | None = None
     """Of a classifier: after softmax (after sigmoid, where it has one label or its labels do not exclude each other),
-    or before; null: the probability, but the logit where there is one label."""
+    or before; null: the probability, but the logit where there is one label. Of a trained reward, probability is the
+    sigmoid of its score: what one of loss=binary says of a good response."""
     combine: Literal["mean", "minimum", "mean-minus-disagreement"] | None = None
     """How the members of an ensemble, or the heads of a reward, become one score; null: as the reward was saved, else
     their mean."""
