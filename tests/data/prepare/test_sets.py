@@ -186,6 +186,19 @@ def test_a_prompt_is_the_first_words_and_none_that_is_held_out(tmp_path: Path) -
     assert len(rows(out, "labelled")) == 2
 
 
+def test_the_first_and_the_last_words_of_a_review_are_labelled(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reviews = {"train/pos/0_9.txt": "one two  three four five", "train/neg/1_2.txt": "short", "test/pos/2_8.txt": "a b"}
+    tar = archive(tmp_path / "aclImdb_v1.tar.gz", reviews)
+    prepare("imdb", tar, out, passage_words=2, say=silent)
+    assert {(row["response"], row["label"]) for row in rows(out, "labelled")} == {
+        ("one two", True),
+        ("four five", True),
+        ("short", False),
+    }
+    assert rows(out, "heldout_labelled") == [{"prompt": "", "response": "a b", "label": True}]
+
+
 def test_the_hubs_parquet_gives_what_the_archive_gives(tmp_path: Path) -> None:
     labels = {"pos": 1, "neg": 0, "unsup": -1}
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "unsupervised": []}

@@ -33,6 +33,8 @@ class PairOptions(SetOptions):
 class ReviewOptions(SetOptions):
     prompt_words: Annotated[int, Field(ge=1)] = 4
     """Words of a review that make its prompt, and the prompt of its demonstration."""
+    passage_words: Annotated[int, Field(ge=1)] | None = None
+    """Labelled are the first and the last so many words of a review, each as a row; null: the review."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,9 @@ def review(row: Row, file: Path, options: ReviewOptions, notes: Counter[str]) ->
         return rows
     words = re.match(rf"(?:\S+\s+){{{options.prompt_words - 1}}}\S+", text)
     prompt = words[0] if words else text
-    rows += [("labelled", {"prompt": "", "response": text, "label": label}), ("prompts", {"prompt": prompt})]
+    for passage in _passages(text, options.passage_words):
+        rows.append(("labelled", {"prompt": "", "response": passage, "label": label}))
+    rows.append(("prompts", {"prompt": prompt}))
     if label and len(prompt) < len(text):
         rows.append(("sft", {"prompt": prompt, "response": text[len(prompt) :]}))
     return rows
@@ -139,6 +143,14 @@ def _label(row: Row) -> bool | None:
     if value not in (0, 1):
         raise DataError(f"{row.place}: label must be 1 for favourable or 0, got {clip(value)}")
     return bool(value)
+
+
+def _passages(text: str, words: int | None) -> list[str]:
+    """The first and the last ``words`` of a text; the text where it has no more, or none are asked for."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    if words is None or len(spans) <= words:
+        return [text]
+    return [text[: spans[words - 1][1]], text[spans[-words][0] :]]
 
 
 def _from_windows(match: re.Match[str]) -> str:
