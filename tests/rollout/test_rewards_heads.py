@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,13 @@ def test_a_reward_of_one_head_takes_no_option_of_several(tmp_path: Path, option:
     place = _run(tmp_path, None)
     with pytest.raises(ConfigError, match=f"{next(iter(option))} has no effect on .*: it is a reward of one head"):
         _score({"path": place} | option)
+
+
+def test_the_probability_of_a_trained_reward_is_the_sigmoid_of_its_score(tmp_path: Path) -> None:
+    place = _run(tmp_path, None)
+    logits = _score(place).values
+    assert _close(_score({"path": place, "use": "probability"}).values, [1 / (1 + math.exp(-x)) for x in logits])
+    assert _close(_score({"path": place, "use": "logit"}).values, logits)
 
 
 def test_a_folder_whose_heads_are_not_those_it_names_is_refused(tmp_path: Path) -> None:
