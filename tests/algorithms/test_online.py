@@ -270,11 +270,12 @@ def test_mixed_text_adds_its_own_mean_gradient() -> None:
     made = models(ROLES)
     tokens = _estimate(ppo, _experience(made, SINGLE), settings).tokens
     fields = token_fields(TREES[:2], packed=True, pad_id=0)
-    text = MixedBatch(**fields | {"counts": {"mixed_token": fields["counts"]["token"]}})
+    count = fields["counts"]["token"]
+    fields["counts"] = {"mixed_token": count}
+    text = MixedBatch(**fields)
     backward(made, ppo.passes(settings), [_batch(SINGLE, tokens), text])
     alone = models(ROLES)
     backward(alone, ppo.passes(ppo.Settings()), [_batch(SINGLE, tokens)])
-    count = fields["counts"]["token"]
     weights = [torch.full((len(response),), 0.7 / count) for tree in TREES[:2] for response in tree.responses]
     plain = _plain_gradient(models(ROLES), TREES[:2], weights)
     wanted = {name: gradient + plain.get(name, 0.0) for name, gradient in gradients(alone).items()}

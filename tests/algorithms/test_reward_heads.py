@@ -110,8 +110,7 @@ def test_every_heads_gradient_is_the_same_however_a_step_is_split(
 
 def test_a_members_gradient_is_that_of_one_head_on_its_bootstrap() -> None:
     trees = [Tree(tree.prompt, tree.responses[:2]) for tree in TREES]
-    plain = {"centring_coef": 0.0}
-    three = reward.Settings(members=3, **plain)
+    plain, three = reward.Settings(centring_coef=0.0), reward.Settings(members=3, centring_coef=0.0)
     made = models(("reward",), dtype=torch.float64, architecture="opt", reward_heads=three.reward_heads)
     scatter(made, 0.05)
     backward(made, reward.passes(three), [batch_of(range(4), "pairs")])
@@ -125,7 +124,7 @@ def test_a_members_gradient_is_that_of_one_head_on_its_bootstrap() -> None:
                 own = made.trainable[name]
                 parameter.copy_(own[k : k + 1] if name.startswith("heads.") else own)
         drawn = [tree for tree, times in zip(trees, TIMES[:, k].tolist(), strict=True) for _ in range(int(times))]
-        backward(alone, reward.passes(reward.Settings(**plain)), [preference_batch(drawn, packed=True, pad_id=0)])
+        backward(alone, reward.passes(plain), [preference_batch(drawn, packed=True, pad_id=0)])
         grad = alone.heads["reward"].get_parameter("linear.weight").grad
         assert grad is not None
         # One third of the mean over 4 pairs, where the bootstrap's own mean is over as many as it drew.

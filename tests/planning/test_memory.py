@@ -120,14 +120,14 @@ def test_bytes_of_quantised_weights_are_those_of_bitsandbytes(shape: tuple[int, 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gpt_neox"])
 def test_the_decoding_cache_takes_what_was_planned(architecture: str) -> None:
     network = base(architecture).model
-    cache = decoding_cache(network, 24, own=True)
+    cache = decoding_cache(network, 24, lambda states: states)
     ids = torch.zeros(3, 16, dtype=torch.long)
     with torch.no_grad():
         mask = torch.ones(3, 1, 16, 16, dtype=torch.bool)
         network(input_ids=ids, position_ids=torch.zeros_like(ids), attention_mask=mask, past_key_values=cache)
     held = 0
     for layer in cache.layers:
-        assert isinstance(layer, PreallocatedLayer) and layer._store is not None
+        assert isinstance(layer, PreallocatedLayer) and layer._store
         held += sum(store.nbytes for store in layer._store)
     assert cache_bytes(network.config, rows=3, length=24, dtype=torch.float32) == held
 

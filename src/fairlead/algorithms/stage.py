@@ -30,10 +30,10 @@ class Stage:
     """Tokens of one forward pass."""
     objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What Python handed in under a setting's name, a reward function say."""
-    step: Callable[[], int] = lambda: 0
-    """The optimizer steps done."""
     counts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What became of the rows, for the manifest: train, eval -> read, kept, cut, dropped."""
+    step: Callable[[], int] = lambda: 0
+    """The optimizer steps done."""
 
     @property
     def settings(self) -> Any:
