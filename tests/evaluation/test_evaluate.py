@@ -78,7 +78,9 @@ def test_files_are_written_as_documented(runs: Runs):
     assert metrics["run"] == "policy"
     assert metrics["reference"] == "reference"
     assert (metrics["prompts"], metrics["draws"]) == (5, 2)
-    assert metrics["sampling"] == {"max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling |= {"min_new_tokens": 0, "shortest_limit": None, "stop": []}
+    assert metrics["sampling"] == sampling
     assert metrics["metrics"] == found["policy"]
     names = {
         "letters",

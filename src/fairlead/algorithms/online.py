@@ -140,11 +140,15 @@ def learned_from(experience: Experience, settings: OnlineSettings) -> dict[str, 
 
 
 def the_reward(stage: Stage) -> Reward:
+    """What is optimised; opened once, for training and evaluation."""
+    if "reward" in stage.opened:
+        return stage.opened["reward"]
     where = stage.objects.get("reward", stage.settings.reward)
     if where is None:
         name = stage.recipe.algorithm
         raise ConfigError("no reward to optimise", hint=f"set {name}.reward to a reward run or to module:function")
-    return open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+    stage.opened["reward"] = open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+    return stage.opened["reward"]
 
 
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:

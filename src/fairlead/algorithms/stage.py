@@ -32,6 +32,8 @@ class Stage:
     """What Python handed in under a setting's name, a reward function say."""
     counts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What became of the rows, for the manifest: train, eval -> read, kept, cut, dropped."""
+    opened: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What source and evaluation share: a reward."""
     step: Callable[[], int] = lambda: 0
     """The optimizer steps done."""
 
