@@ -28,6 +28,7 @@ from fairlead.models.export import save_model
 from fairlead.models.precision import autocast_of
 from fairlead.rollout.native import NativeSampler
 from fairlead.tracking import Console, MetricsLog, RunDirectory, open_sink
+from fairlead.tracking.console import print_samples
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
 from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
@@ -250,18 +251,18 @@ class _Samples:
         sampler = NativeSampler(stage.models, stage.renderer)
         sampling = Sampling(max_new_tokens=getattr(stage.settings, "max_new_tokens", SAMPLE_TOKENS))
         rollouts = sampler.generate(self._prompts, sampling=sampling, key=(stage.recipe.seed, "samples"))
-        self._directory.append(
-            "samples.jsonl",
-            [
-                {
-                    "step": progress.step,
-                    "prompt": stage.renderer.prompt_text(rollout.prompt),
-                    "response": rollout.text,
-                    "finished": rollout.finished,
-                }
-                for rollout in rollouts
-            ],
-        )
+        rows = [
+            {
+                "step": progress.step,
+                "prompt": stage.renderer.prompt_text(rollout.prompt),
+                "response": rollout.text,
+                "finished": rollout.finished,
+            }
+            for rollout in rollouts
+        ]
+        self._directory.append("samples.jsonl", rows)
+        if stage.recipe.tracking.console:
+            print_samples(rows)
 
     def close(self) -> None: ...
 

@@ -283,6 +283,16 @@ def test_samples_of_the_first_and_the_last_step_stand_side_by_side(tmp_path: Pat
     assert "at 5" not in page.text
 
 
+def test_watched_prompts_stand_side_by_side_with_their_mean_scores(tmp_path: Path):
+    rows = [
+        {"step": step, "prompt": "The film was", "score": score, "scores": [score], "response": f"at {step}"}
+        for step, score in ((0, 0.84), (40, 0.22), (80, 0.95))
+    ]
+    page = build(write_run(tmp_path / "ppo", eval_prompts=rows))
+    assert "Prompts that were watched, each with its mean score: step 0 and step 80" in page.text
+    assert "The film was at 0 score 0.84 at 80 score 0.95" in page.text
+
+
 def test_evaluations_that_differ_are_pointed_out(tmp_path: Path):
     for name, draws in (("a", 1), ("b", 2)):
         metrics = {"gold": estimate(0.5, 0.1)}

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from fairlead.tracking import Console
+from fairlead.tracking.console import print_samples
 from fairlead.types import Observer, Progress
 
 HEADLINE = ("loss", "rewards/margins", "eval/loss")
@@ -112,3 +113,13 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     console.after_step(at(1, 1.0))
     console.close()
     assert "\x1b" not in stream.getvalue() and stream.getvalue().startswith("ppo  1/100")
+
+
+def test_samples_are_shown_as_a_table_with_long_texts_cut():
+    stream = io.StringIO()
+    rows = [{"step": 40, "prompt": "why? [b]", "response": "x" * 500, "finished": False}] * 6
+    print_samples(rows, stream=stream)
+    shown = stream.getvalue()
+    assert "samples at step 40" in shown
+    assert shown.count("why? [b]") == 4  # markup is text
+    assert shown.count("x") == 4 * 160 and shown.count("...") == 4

@@ -44,6 +44,7 @@ class Run:
     summary: Row
     metrics: list[Row]
     samples: list[Row]
+    watched: list[Row]
     alarms: list[Row]
     evaluation: Row
     estimates: dict[str, Estimate]
@@ -168,9 +169,9 @@ def read_run(path: Path) -> Run:
         damage.append(f"{file} is not readable")
         return {}
 
-    def rows(file: str) -> list[Row]:
+    def rows(file: str, *, is_rare: bool = False) -> list[Row]:
         # Not splitlines: U+0085 and U+2028 may stand inside a string.
-        lines = [_object(line) for line in (text(file) or "").split("\n") if line.strip()]
+        lines = [_object(line) for line in (text(file, is_rare=is_rare) or "").split("\n") if line.strip()]
         good = [line for line in lines if line is not None]
         if len(good) < len(lines):
             damage.append(f"{file}: lines that are not readable: {len(lines) - len(good)}")
@@ -185,6 +186,7 @@ def read_run(path: Path) -> Run:
         summary=mapping("summary.json", json.loads),
         metrics=_by_step(rows("metrics.jsonl")),
         samples=rows("samples.jsonl"),
+        watched=rows("eval_prompts.jsonl", is_rare=True),
         alarms=rows("alarms.jsonl"),
         evaluation=evaluation,
         estimates=parse_estimates(evaluation.get("metrics")),

@@ -156,7 +156,14 @@ def run_view(run: Run, index: int, max_points: int) -> Row:
         "end": run.end,
         "groups": _panel_groups(panels, f"run-{index}", max_points),
         "rare": rare,
-        "samples": _samples(run),
+        "samples": [
+            found | {"title": title, "file": file}
+            for title, file, rows in (
+                ("Samples drawn while training", "samples.jsonl", run.samples),
+                ("Prompts that were watched, each with its mean score", "eval_prompts.jsonl", run.watched),
+            )
+            if (found := _samples(rows)) is not None
+        ],
         "results": parse_estimates(run.summary.get("metrics")),
         "settings": _flatten(run.recipe),
         "data": {k: v for k, v in as_mapping(manifest.get("data")).items() if isinstance(v, dict)},
@@ -183,14 +190,14 @@ def _panel_groups(panels: dict[str, list[Series]], key: str, max_points: int) ->
     return [{"heading": heading, "panels": group} for heading, group in groups.items()]
 
 
-def _samples(run: Run) -> Row | None:
+def _samples(drawn: list[Row]) -> Row | None:
     """The responses drawn at the first and at the last step, side by side."""
-    steps = [step for row in run.samples if (step := finite(row.get("step"))) is not None]
+    steps = [step for row in drawn if (step := finite(row.get("step"))) is not None]
     if not steps:
         return None
     sides: list[dict[str, Row]] = []
     for step in dict.fromkeys((min(steps), max(steps))):
-        rows = (row for row in run.samples if finite(row.get("step")) == step)
+        rows = (row for row in drawn if finite(row.get("step")) == step)
         sides.append({as_text(row.get("prompt")): row for row in rows})
     prompts = list(dict.fromkeys(prompt for side in sides for prompt in side))
     return {

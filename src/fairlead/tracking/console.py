@@ -9,9 +9,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     from fairlead.types import Progress
 
 _RATE_STEPS = 50
+_SHOWN, _CUT = 4, 160
+"""Rows and characters of a table of samples."""
+
+
+def print_samples(rows: Sequence[Mapping[str, Any]], *, stream: TextIO | None = None) -> None:
+    """A table of prompts and the responses drawn to them at a step, long texts cut."""
+    from rich.console import Console as Terminal
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("prompt", "response", title=f"samples at step {rows[0]['step']}", title_justify="left")
+    for row in rows[:_SHOWN]:
+        end = "" if row["finished"] else " ..."
+        table.add_row(Text(str(row["prompt"])[-_CUT:]), Text(str(row["response"])[:_CUT] + end))
+    Terminal(file=stream or sys.stderr).print(table)
 
 
 def _clock(seconds: float) -> str:
