@@ -30,7 +30,9 @@ def print_samples(rows: Sequence[Mapping[str, Any]], *, stream: TextIO | None = 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("prompt", "response", title=f"samples at step {rows[0]['step']}", title_justify="left")
+    table = Table(title=f"samples at step {rows[0]['step']}", title_justify="left")
+    for heading in ("prompt", "response"):
+        table.add_column(heading, overflow="fold")
     for row in rows[:_SHOWN]:
         end = "" if row["finished"] else " ..."
         table.add_row(Text(str(row["prompt"])[-_CUT:]), Text(str(row["response"])[:_CUT] + end))
