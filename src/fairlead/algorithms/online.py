@@ -104,12 +104,6 @@ def rollout_source(stage: Stage, estimate: Estimator, *, warm_up: int = 0) -> Ro
     settings: OnlineSettings = stage.settings
     prompts, counts = stage.renderer.prompts(list(stage.records))
     stage.count("train", counts)
-    if not prompts:
-        raise ConfigError(
-            f"none of the {len(stage.records)} prompts fits data.max_prompt_length="
-            f"{stage.renderer.max_prompt_length} tokens: {dict(counts.dropped)}",
-            hint="raise data.max_length, or lower max_new_tokens",
-        )
     collector = Collector(
         sampler=open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows),
         reward=the_reward(stage),
