@@ -44,7 +44,7 @@ class OnlineSettings(PolicySettings, ShapingSettings):
     rollout_size: int = Field(default=128, ge=1)
     """Prompts of one round."""
     rollout_rows: int = Field(default=64, ge=1)
-    """Prompts decoded together and saved as one chunk."""
+    """Responses decoded together; also the prompts of one saved chunk."""
     num_samples: int = Field(default=1, ge=1)
     """Responses to each prompt of a round."""
     epochs: int = Field(default=4, ge=1)

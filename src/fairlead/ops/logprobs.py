@@ -10,6 +10,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in fp32."""
+ON_GPU = 16
+"""Times as many on a GPU, where a product of few rows leaves most of it idle."""
 
 Support = tuple[Tensor, Tensor, Tensor]
 """What a token could be, where it was less than the vocabulary: the ids of one row after the other [M], how many of
@@ -85,7 +87,7 @@ def logit_statistics(
     reduced, up = low_rank or (None, None)
     form, allowed, kind = _Form(scale, cap, temperature), _Allowed.of(support), _wide(hidden.dtype)
     collision, mean = (hidden.new_empty(hidden.shape[0], dtype=kind) for _ in range(2))
-    for part in _chunks(hidden.shape[0], weight.shape[0]):
+    for part in _chunks(hidden.shape[0], weight):
         logits = _restrict(_logits(part, hidden, weight, bias, reduced, up, form), part, allowed)
         if allowed is None:
             mean[part] = logits.mean(1)
@@ -102,10 +104,10 @@ def full_kl(policy: Readout, reference: Readout, *, temperature: float = 1.0, su
     """sum_v p_v (log p_v - log q_v) in nats, of the whole distributions p of the policy and q of the reference at one
     temperature, over one support -> [N] in max(fp32, input dtype). Two chunks of logits exist at once, together of at
     most CHUNK_ELEMENTS; without gradient."""
-    rows, vocabulary = policy.hidden.shape[0], policy.weight.shape[0]
+    rows = policy.hidden.shape[0]
     allowed = _Allowed.of(support)
     kl = policy.hidden.new_empty(rows, dtype=_wide(policy.hidden.dtype))
-    for part in _chunks(rows, 2 * vocabulary):
+    for part in _chunks(rows, policy.weight, 2):
         own, other = (_log_softmax(part, each, temperature, allowed) for each in (policy, reference))
         ratio = torch.sub(own, other, out=other)
         probs = own.exp_()
@@ -143,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
         of_rows = not any(ctx.needs_input_grad[1:5])
         now = ctx.needs_input_grad[0] and not with_entropy and (uniform or of_rows)
         made = _Gradients(inputs, ctx.needs_input_grad) if now else None
-        for part in _chunks(rows, weight.shape[0]):
+        for part in _chunks(rows, weight):
             logits = _logits(part, *inputs, form)
             bend = _bend(logits, form) if made is not None else None
             _restrict(logits, part, allowed)
@@ -177,7 +179,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (*made.pulled(grad_logprobs, whole=not ctx.of_rows), *[None] * 5)
         inputs = (hidden, weight, bias, reduced, up)
         made = _Gradients(inputs, ctx.needs_input_grad)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
+        for part in _chunks(hidden.shape[0], weight):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
             logits = _logits(part, *inputs, ctx.form)
             bend = _bend(logits, ctx.form)
@@ -289,8 +291,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def _chunks(rows: int, weight: Tensor, heads: int = 1) -> list[slice]:
+    """Rows whose logits, of so many heads, exist at once."""
+    elements = CHUNK_ELEMENTS * (ON_GPU if weight.device.type == "cuda" else 1)
+    size = max(1, elements // (heads * weight.shape[0]))
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 

@@ -293,8 +293,8 @@ def _positions(models: Models) -> int:
 
 def _decoding(recipe: Recipe, models: Models) -> Decoding:
     settings = recipe.settings
-    prompts = getattr(settings, "rollout_rows", recipe.train.num_samples)
-    rows = prompts * getattr(settings, "num_samples", 1)
+    rows = getattr(settings, "rollout_rows", recipe.train.num_samples)
+    prompts = -(-rows // getattr(settings, "num_samples", 1))
     new = getattr(settings, "max_new_tokens", SAMPLE_TOKENS)
     longest = recipe.data.max_prompt_length or recipe.data.max_length - getattr(settings, "max_new_tokens", 1)
     prompt = max(1, min(longest, _positions(models) - new))
