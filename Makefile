@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-head bench-memory bench-gpu peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-memory bench-gpu peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +44,18 @@ bench-reward: peers ## time a reward model beside TRL (FAIRLEAD_DATA=folder ARGS
 bench-dpo: peers ## time DPO beside TRL (FAIRLEAD_DATA=folder ARGS="--sizes S")
 	.venv/bin/python benchmarks/dpo.py $(ARGS)
 
+bench-ppo: environment ## time PPO beside the last TRL that has it (FAIRLEAD_DATA=folder ARGS="--steps 2")
+	@bash scripts/peers ppo
+	.venv/bin/python benchmarks/ppo.py $(ARGS)
+
+bench-rloo: peers ## time RLOO and GRPO beside TRL (FAIRLEAD_DATA=folder ARGS="--steps 2")
+	.venv/bin/python benchmarks/rloo.py $(ARGS)
+
 bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="--sizes S")
 	.venv/bin/python benchmarks/head.py $(ARGS)
+
+bench-quality: peers ## compare held-out accuracy of reward models and DPO with TRL's (FAIRLEAD_DATA=folder ARGS="--limit 40")
+	.venv/bin/python benchmarks/quality.py $(ARGS)
 
 bench-memory: environment ## peak memory of PPO with four roles on one base (ARGS="--layers 2 --width 64")
 	.venv/bin/python benchmarks/memory.py $(ARGS)
@@ -56,6 +66,6 @@ bench-gpu: environment ## check and measure every stage on one NVIDIA GPU (ARGS=
 peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
 	@bash scripts/peers
 
-clean: ## remove .venv, benchmarks/peers/.venv, caches and build results; runs/ stays
-	rm -rf .venv .venv.lock benchmarks/peers/.venv build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, benchmarks/peers/.venv*, caches and build results; runs/ stays
+	rm -rf .venv .venv.lock benchmarks/peers/.venv* build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
