@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import given
 import side_by_side as bench
 
 BATCH = {"S": 8, "M": 4}
@@ -46,12 +47,12 @@ METRICS = {
 }
 
 
-def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
+def ways(size: str, model: Path, pairs: Sequence[given.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
     batch = BATCH[size]
-    orders = bench.orders(pairs, batch, warmup, steps)
+    orders = given.orders(pairs, batch, warmup, steps)
     for order, at_once in SETTINGS[size]:
-        mine, theirs = bench.write_pairs(model / order, orders[order])
-        ours = bench.recipe(
+        mine, theirs = given.write_pairs(model / order, orders[order])
+        ours = given.recipe(
             "dpo",
             model,
             mine,
@@ -59,7 +60,7 @@ def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps
             train={"steps": warmup + steps, "batch_size": batch},
             dpo={"beta": 0.1},
         )
-        peer = bench.job(
+        peer = given.job(
             "dpo",
             model,
             theirs,
@@ -67,7 +68,7 @@ def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps
             batch_size=batch,
             rows_at_once=at_once,
             learning_rate=LEARNING_RATE,
-            arguments={"beta": 0.1, "max_length": bench.LENGTH},
+            arguments={"beta": 0.1, "max_length": given.LENGTH},
             ids=[pair.ids for pair in orders[order]],
         )
         yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, peer, [batch] * (warmup + steps), warmup)
@@ -79,14 +80,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of S; of M half as many")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
-    rows = bench.transcripts(data)
+    rows = given.transcripts(data)
     texts = [row["chosen"] for row in rows]
     cases: list[dict[str, Any]] = []
     with bench.scratch() as folder:
         for size in settings.sizes:
-            tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
+            tokenizer = given.save_model(folder / size, size, [*texts, *given.books(data)])
             steps = settings.steps if size == "S" else max(1, settings.steps // 2)
-            pairs = bench.whole_pairs(rows, tokenizer)
+            pairs = given.whole_pairs(rows, tokenizer)
             tried = list(ways(size, folder / size, pairs, settings.warmup, steps))
             runs = bench.interleave(size, tried, settings.repeats)
             cases += bench.results(size, tried, runs, METRICS)

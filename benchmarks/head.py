@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import given
 import side_by_side as bench
 
 ROWS = 2048
@@ -29,12 +30,12 @@ REMARK = "fp32, forward and backward. TRL's head computes log-probabilities alon
 
 
 def job(size: str, way: str, calls: int) -> dict[str, Any]:
-    hidden_size = bench.SIZES[size]["hidden_size"]
+    hidden_size = given.SIZES[size]["hidden_size"]
     return {
         "way": way,
         "rows": ROWS,
         "hidden_size": hidden_size,
-        "vocabulary": bench.VOCABULARY[size],
+        "vocabulary": given.VOCABULARY[size],
         "calls": calls,
     }
 
@@ -64,7 +65,7 @@ def lines(size: str, way: str, ours: list[dict[str, Any]], theirs: list[dict[str
 
 
 def main() -> None:
-    parser = bench.options(__doc__, "head", needs_data=False)
+    parser = bench.options(__doc__, "head", folders=())
     parser.add_argument("--calls", type=int, default=5, help="timed calls of a process")
     settings = parser.parse_args()
     cases: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import given
 import side_by_side as bench
 
 BATCH = 8
@@ -27,30 +28,27 @@ REMARK = (
 )
 
 
-def ways(size: str, model: Path, pairs: Sequence[bench.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
-    orders = bench.orders(pairs, BATCH, warmup, steps)
+def ways(size: str, model: Path, pairs: Sequence[given.Pair], warmup: int, steps: int) -> Iterator[bench.Way]:
+    orders = given.orders(pairs, BATCH, warmup, steps)
     for order, at_once in SETTINGS[size]:
-        mine, theirs = bench.write_pairs(model / order, orders[order])
-        ours = bench.recipe(
+        mine, theirs = given.write_pairs(model / order, orders[order])
+        ours = given.recipe(
             "reward",
             model,
             mine,
             optim={"learning_rate": LEARNING_RATE},
             train={"steps": warmup + steps, "batch_size": BATCH},
         )
-        peer = bench.job(
+        peer = given.job(
             "reward",
-            model.with_name(f"{model.name}-reward"),
+            given.judge_of(model),
             theirs,
             steps=warmup + steps,
             batch_size=BATCH,
             rows_at_once=at_once,
             learning_rate=LEARNING_RATE,
-            arguments={"max_length": bench.LENGTH},
-            ids=[
-                {f"{side}_ids": pair.ids["prompt_ids"] + pair.ids[f"{side}_ids"] for side in ("chosen", "rejected")}
-                for pair in orders[order]
-            ],
+            arguments={"max_length": given.LENGTH},
+            ids=[pair.sides for pair in orders[order]],
         )
         yield bench.Way(f"TRL, {order}, {at_once} pairs at once", ours, peer, [BATCH] * (warmup + steps), warmup)
 
@@ -61,14 +59,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of S; of M a quarter")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
-    rows = bench.transcripts(data)
+    rows = given.transcripts(data)
     texts = [row["chosen"] for row in rows]
     cases: list[dict[str, Any]] = []
     with bench.scratch() as folder:
         for size in settings.sizes:
-            tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
+            tokenizer = given.save_model(folder / size, size, [*texts, *given.books(data)])
             steps = settings.steps if size == "S" else max(1, settings.steps // 4)
-            tried = list(ways(size, folder / size, bench.whole_pairs(rows, tokenizer), settings.warmup, steps))
+            tried = list(ways(size, folder / size, given.whole_pairs(rows, tokenizer), settings.warmup, steps))
             runs = bench.interleave(size, tried, settings.repeats)
             cases += bench.results(size, tried, runs, METRICS)
     bench.write_results(settings.out, "reward", cases, bench.versions(runs), REMARK)

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import given
 import side_by_side as bench
 
 BATCH = {"S": 8, "M": 4}
@@ -32,7 +33,7 @@ def wrapped(texts: Sequence[str], tokenizer: Any, tokens: int) -> tuple[list[str
     ids = [tokenizer(text + tokenizer.eos_token).input_ids for text in texts]
     number = enough(ids, tokens)
     flat = [token for each in ids[:number] for token in each]
-    rows = [flat[at : at + bench.LENGTH] for at in range(0, len(flat) - bench.LENGTH + 1, bench.LENGTH)]
+    rows = [flat[at : at + given.LENGTH] for at in range(0, len(flat) - given.LENGTH + 1, given.LENGTH)]
     return [tokenizer.eos_token.join(texts[:number])], [{"input_ids": row} for row in rows]
 
 
@@ -42,10 +43,10 @@ def documents(texts: Sequence[str], tokenizer: Any, tokens: int) -> tuple[list[s
     from fairlead.data.render import Tree
 
     ids = {text: tokenizer(text + tokenizer.eos_token).input_ids for text in texts}
-    fitting = [text for text in ids if len(ids[text]) <= bench.LENGTH]
+    fitting = [text for text in ids if len(ids[text]) <= given.LENGTH]
     fitting = fitting[: enough([ids[text] for text in fitting], tokens)]
     rows: list[dict[str, Any]] = []
-    for row in pack_whole([Tree((), (tuple(ids[text]),)) for text in fitting], bench.LENGTH):
+    for row in pack_whole([Tree((), (tuple(ids[text]),)) for text in fitting], given.LENGTH):
         flat = [token for tree in row for token in tree.responses[0]]
         rows.append({"input_ids": flat, "labels": flat, "seq_lengths": [tree.num_tokens for tree in row]})
     return fitting, rows
@@ -66,21 +67,21 @@ PACKED = {
 def ways(kind: str, model: Path, texts: Sequence[str], tokenizer: Any, batch: int, warmup: int, steps: int):
     make, packing, arguments = PACKED[kind]
     number = (warmup + steps) * batch
-    mine, rows = make(texts, tokenizer, number * bench.LENGTH)
-    rows = bench.as_read(rows)[:number]
-    ours = bench.recipe(
+    mine, rows = make(texts, tokenizer, number * given.LENGTH)
+    rows = given.as_read(rows)[:number]
+    ours = given.recipe(
         "pretrain",
         model,
-        bench.write_rows(model / f"{kind}-ours.jsonl", [{"text": text} for text in mine]),
+        given.write_rows(model / f"{kind}-ours.jsonl", [{"text": text} for text in mine]),
         data={"packing": packing},
         optim={"learning_rate": LEARNING_RATE},
         train={"steps": warmup + steps, "batch_size": batch},
     )
     sizes = [len(row["input_ids"]) for row in rows]
     units = [sum(sizes[at : at + batch]) for at in range(0, number, batch)]
-    file = bench.write_rows(model / f"{kind}-peer.jsonl", rows)
+    file = given.write_rows(model / f"{kind}-peer.jsonl", rows)
     for at_once in (batch, 1):
-        peer = bench.job(
+        peer = given.job(
             "sft",
             model,
             file,
@@ -88,7 +89,7 @@ def ways(kind: str, model: Path, texts: Sequence[str], tokenizer: Any, batch: in
             batch_size=batch,
             rows_at_once=at_once,
             learning_rate=LEARNING_RATE,
-            arguments={"packing": True, "max_length": bench.LENGTH, **arguments},
+            arguments={"packing": True, "max_length": given.LENGTH, **arguments},
             texts=[[text, tokenizer(text).input_ids] for text in mine[:4]],
             ids=rows[:4],
         )
@@ -101,11 +102,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of S; of M half as many")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
-    texts = [row["chosen"] for row in bench.transcripts(data)]
+    texts = [row["chosen"] for row in given.transcripts(data)]
     cases: list[dict[str, Any]] = []
     with bench.scratch() as folder:
         for size in settings.sizes:
-            tokenizer = bench.save_model(folder / size, size, [*texts, *bench.books(data)])
+            tokenizer = given.save_model(folder / size, size, [*texts, *given.books(data)])
             steps = settings.steps if size == "S" else max(1, settings.steps // 2)
             for kind in KINDS[size]:
                 tried = list(ways(kind, folder / size, texts, tokenizer, BATCH[size], settings.warmup, steps))

@@ -197,7 +197,7 @@ def planned_peak(settings: Mapping[str, Any]) -> int:
 
 def write_in_order(path: Path, rows: Sequence[Mapping[str, Sequence[int]]]) -> str:
     """A file that a stage of seed 0 reads, shuffled as it is, in the order of ``rows``."""
-    from benchmarks.side_by_side import so_that_read
+    from benchmarks.given import so_that_read
 
     return write_rows(path, so_that_read(rows))
 

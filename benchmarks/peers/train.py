@@ -1,6 +1,7 @@
 """TRL's side of one run of a benchmark: `train.py JOB RESULT`, in the peers' environment.
 
-The job names the trainer, the model folder, a file of rows that are read in their order, and how many make a step.
+The job names the trainer, the model folder, a file of rows that are read in their order, and how many make a step; it
+may name a file of held-out pairs too, which are measured after the last one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ TRAINERS = {
     "reward": (RewardTrainer, RewardConfig),
     "dpo": (DPOTrainer, DPOConfig),
 }
+MARGINS = {"reward": ("margin", "eval_accuracy"), "dpo": ("rewards/margins", "eval_rewards/accuracies")}
+"""What the trainers call a pair's margin, and the share of pairs in which it is above zero."""
 
 
 class Marks(TrainerCallback):
@@ -45,12 +48,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     marks = Marks()
     began = time.perf_counter()
-    with open(job["rows"], encoding="utf-8") as lines:
-        rows = Dataset.from_list([json.loads(line) for line in lines])
+    rows, heldout = read(job["rows"]), read(job["heldout"]) if job["heldout"] else None
     config = config_class(
         output_dir=tempfile.mkdtemp(dir="."),
         max_steps=job["steps"],
         per_device_train_batch_size=job["rows_at_once"],
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=job["batch_size"] // job["rows_at_once"],
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
@@ -69,7 +72,12 @@ def main() -> None:
         **job["arguments"],
     )
     trainer = trainer_class(
-        model=job["model"], args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[marks]
+        model=job["model"],
+        args=config,
+        train_dataset=rows,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        callbacks=[marks],
     )
     trainer.remove_callback(PrinterCallback)
     check(trainer, tokenizer, job)
@@ -83,7 +91,27 @@ def main() -> None:
         "whole": marks.seconds[-1] - began,
         "versions": {name: version(name) for name in ("trl", "torch", "transformers", "accelerate")},
     }
+    if heldout is not None:
+        result |= measured(trainer, *MARGINS[job["trainer"]])
     Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def read(path: str) -> Dataset:
+    with open(path, encoding="utf-8") as lines:
+        return Dataset.from_list([json.loads(line) for line in lines])
+
+
+def measured(trainer: Any, margin: str, accuracy: str) -> dict[str, Any]:
+    """The margin of each held-out pair, one batch of evaluation each, and the accuracy that TRL reports."""
+    margins: list[float] = []
+    log = trainer.log
+
+    def keep(logs: dict[str, float], *rest: Any) -> None:
+        margins.extend(trainer._metrics["eval"][margin])
+        log(logs, *rest)
+
+    trainer.log = keep
+    return {"accuracy": trainer.evaluate()[accuracy], "margins": margins}
 
 
 def check(trainer: Any, tokenizer: Any, job: dict[str, Any]) -> None:
@@ -92,9 +120,11 @@ def check(trainer: Any, tokenizer: Any, job: dict[str, Any]) -> None:
     assert len(trainer.train_dataset) == job["steps"] * job["batch_size"]
     for text, ids in job["texts"]:
         assert tokenizer(text).input_ids == ids
-    for row, wanted in zip(trainer.train_dataset, job["ids"], strict=False):
-        for name, ids in wanted.items():
-            assert row[name] == ids, name
+    for rows, known in ((trainer.train_dataset, job["ids"]), (trainer.eval_dataset or (), job["heldout_ids"])):
+        for row, wanted in zip(rows, known, strict=False):
+            for name, ids in wanted.items():
+                assert row[name] == ids, name
+    assert trainer.eval_dataset is None or len(trainer.eval_dataset) == len(job["heldout_ids"])
 
 
 def peak_memory() -> float:
