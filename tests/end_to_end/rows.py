@@ -40,8 +40,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "rloo": PROMPTS,
     "grpo": PROMPTS,
     "reinforce": PROMPTS,
+    "raft": PROMPTS,
 }
-ONLINE = ("ppo", "rloo", "grpo", "reinforce")
+ONLINE = ("ppo", "rloo", "grpo", "reinforce", "raft")
 """Those that sample, and need a reward."""
 
 SETTINGS: dict[str, Any] = {

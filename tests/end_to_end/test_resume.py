@@ -74,12 +74,13 @@ CHANGING = {
     "train.eval_every": 3,
 }
 """What changes from round to round, or ends one early."""
+RANKED = {"raft.num_samples": 4, "raft.clean": ["strip"], "raft.discard": [{"contains": {"part": "b"}}]}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "extra"),
-    [("sft", {}), ("dpo", {}), ("ppo", {}), ("ppo", CHANGING), ("grpo", {"grpo.drop": ["alike"]}), ("rloo", {})],
-    ids=["sft", "dpo", "ppo", "ppo, changing", "grpo", "rloo"],
+    [("sft", {}), ("dpo", {}), ("ppo", {}), ("ppo", CHANGING), ("grpo", {"grpo.drop": ["alike"]}), ("raft", RANKED)],
+    ids=["sft", "dpo", "ppo", "ppo, changing", "grpo", "raft"],
 )
 def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, extra: dict[str, Any], tmp_path: Path) -> None:
     rows = PROMPTS if algorithm in ONLINE else PAIRS if algorithm == "dpo" else ROWS["sft"]

@@ -70,3 +70,41 @@ def test_stack_exchange_tiny_runs_from_the_raw_dumps_to_the_report(tmp_path: Pat
     assert sample["prompt"].startswith("Question: ")
     assert sample["prompt"].endswith("\n\nAnswer:")
     assert (tmp_path / "tiny" / "report.html").is_file()
+
+
+@needs_data
+def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> None:
+    data = Path(os.environ["FAIRLEAD_DATA"])
+    small: dict[str, Any] = {
+        "directory": str(tmp_path),
+        "data.path": str(data / "imdb"),
+        "data.second": str(data / "rt-polarity"),
+        "stages.pretrain.model.scratch.hidden_size": 16,
+        "stages.pretrain.model.scratch.num_layers": 1,
+        "stages.pretrain.model.scratch.num_heads": 2,
+        "stages.pretrain.model.scratch.vocab_size": 600,
+        "stages.pretrain.data.limit": 40,
+        "stages.ppo.ppo.rollout_size": 4,
+        "stages.ppo.ppo.max_new_tokens": 8,
+        "stages.ppo.ppo.eval_samples": 2,
+        "stages.evaluation.num_prompts": 4,
+        "stages.evaluation.max_new_tokens": 8,
+    }
+    for stage in ("classifier", "second"):
+        held_out = tmp_path / f"{stage}.jsonl"
+        rows = [{"prompt": "", "response": f"{word} film", "label": word == "good"} for word in ("good", "bad")]
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        small[f"stages.{stage}.data.eval_path"] = str(held_out)
+    for stage in ("pretrain", "classifier", "second", "ppo"):
+        small |= {f"stages.{stage}.train.steps": 2, f"stages.{stage}.train.batch_size": 4}
+    summary = run_pipeline("imdb-sentiment", small)
+    assert summary["status"] == "finished"
+    for run in ("pretrain", "ppo"):
+        found = summary["models"][run]["metrics"]
+        assert 0 < found["positive"]["mean"] < 1 and 0 < found["second"]["mean"] < 1
+    folder = tmp_path / "imdb-sentiment"
+    watched = [json.loads(line) for line in (folder / "ppo" / "eval_prompts.jsonl").read_text("utf-8").splitlines()]
+    assert {(row["step"], row["prompt"]) for row in watched} >= {(step, "This movie was terrible") for step in (0, 2)}
+    assert {len(row["scores"]) for row in watched} == {2}
+    assert "eval/second" in json.loads((folder / "ppo" / "summary.json").read_text("utf-8"))["metrics"]
+    assert (folder / "report.html").is_file()

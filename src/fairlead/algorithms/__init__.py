@@ -19,6 +19,7 @@ REGISTRY = {
     "orpo": "fairlead.algorithms.orpo:ALGORITHM",
     "ppo": "fairlead.algorithms.ppo:ALGORITHM",
     "pretrain": "fairlead.algorithms.pretrain:ALGORITHM",
+    "raft": "fairlead.algorithms.raft:ALGORITHM",
     "reinforce": "fairlead.algorithms.reinforce:ALGORITHM",
     "reward": "fairlead.algorithms.reward:ALGORITHM",
     "rloo": "fairlead.algorithms.rloo:ALGORITHM",

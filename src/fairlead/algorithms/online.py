@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -16,6 +16,7 @@ from fairlead.algorithms.policy import PolicySettings
 from fairlead.algorithms.rounds import Estimator, RolloutSource
 from fairlead.algorithms.shaping import Shaper, ShapingSettings
 from fairlead.algorithms.stage import Stage
+from fairlead.config import Section
 from fairlead.errors import ConfigError
 from fairlead.ops.kl import k1
 from fairlead.rollout.engines import open_sampler
@@ -35,7 +36,7 @@ from fairlead.tracking.run_directory import RunDirectory
 from fairlead.types import Prompt, Reward, Rollout, Sampling
 
 
-class OnlineSettings(PolicySettings, ShapingSettings):
+class SamplingSettings(Section):
     reward: RewardSource | None = None
     """A reward run or folder, a classifier of transformers, `module:function` with trlX's signature (samples, prompts,
     outputs, **columns), `rule:NAME`, a URL, or a list of such with weights."""
@@ -62,10 +63,6 @@ class OnlineSettings(PolicySettings, ShapingSettings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     stop: tuple[str, ...] = ()
     """Texts that end a response where they first occur."""
-    importance_cap: float | None = Field(default=2.0, gt=0)
-    """With an engine that is not ours, a token weighs trainer's probability / sampler's, at most so much."""
-    mixed: MixedSettings | None = None
-    """Text learned beside the responses (PPO-ptx)."""
     num_eval_prompts: int = Field(default=64, ge=1)
     """Held-out prompts sampled at each evaluation."""
     eval_prompts: tuple[str, ...] = ()
@@ -76,14 +73,12 @@ class OnlineSettings(PolicySettings, ShapingSettings):
     """Another temperature at evaluation."""
 
     @model_validator(mode="after")
-    def _sampling_goes_together(self) -> OnlineSettings:
+    def _sampling_goes_together(self) -> SamplingSettings:
         limit = self.max_new_tokens if self.shortest_limit is None else self.shortest_limit
         if limit > self.max_new_tokens:
             raise ValueError(f"shortest_limit={limit} is above max_new_tokens={self.max_new_tokens}")
         if self.min_new_tokens > limit:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is above the shortest limit, {limit}")
-        if self.adaptive_kl is not None and (self.kl_in == "loss" or not self.kl_coef):
-            raise ValueError("adaptive_kl moves the price of the KL in the reward: kl_in=reward and kl_coef above 0")
         return self
 
     @property
@@ -99,9 +94,30 @@ class OnlineSettings(PolicySettings, ShapingSettings):
         )
 
 
+class OnlineSettings(PolicySettings, ShapingSettings, SamplingSettings):
+    importance_cap: float | None = Field(default=2.0, gt=0)
+    """With an engine that is not ours, a token weighs trainer's probability / sampler's, at most so much."""
+    mixed: MixedSettings | None = None
+    """Text learned beside the responses (PPO-ptx)."""
+
+    @model_validator(mode="after")
+    def _kl_can_move(self) -> OnlineSettings:
+        if self.adaptive_kl is not None and (self.kl_in == "loss" or not self.kl_coef):
+            raise ValueError("adaptive_kl moves the price of the KL in the reward: kl_in=reward and kl_coef above 0")
+        return self
+
+
 def rollout_source(stage: Stage, estimate: Estimator, *, warm_up: int = 0) -> RolloutSource:
-    """Rounds of experience, estimated by ``estimate``."""
+    """Rounds of experience, estimated by ``estimate``, for a loss on what was sampled."""
     settings: OnlineSettings = stage.settings
+    prompts, collector = collecting(stage, whole_kl=settings.kl_estimator == "full")
+    mixed = MixedSource(stage, settings.mixed) if settings.mixed is not None else None
+    return RolloutSource(stage, collector, prompts, Shaper(settings), estimate, mixed=mixed, warm_up=warm_up)
+
+
+def collecting(stage: Stage, **more: Any) -> tuple[list[Prompt], Collector]:
+    """The prompts that fit, and what makes experience of them; ``more`` as `Collector` has it."""
+    settings: SamplingSettings = stage.settings
     prompts, counts = stage.renderer.prompts(list(stage.records))
     stage.count("train", counts)
     collector = Collector(
@@ -115,11 +131,9 @@ def rollout_source(stage: Stage, estimate: Estimator, *, warm_up: int = 0) -> Ro
         seed=stage.recipe.seed,
         rows=settings.rollout_rows,
         budget=lambda: stage.budget.tokens,
-        whole_kl=settings.kl_estimator == "full",
+        **more,
     )
-    mixed = MixedSource(stage, settings.mixed) if settings.mixed is not None else None
-    kept = [prompt for prompt, _ in prompts]
-    return RolloutSource(stage, collector, kept, Shaper(settings), estimate, mixed=mixed, warm_up=warm_up)
+    return [prompt for prompt, _ in prompts], collector
 
 
 def learned_from(experience: Experience, settings: OnlineSettings) -> dict[str, list[Tensor]]:
@@ -147,7 +161,7 @@ def the_reward(stage: Stage) -> Reward:
 
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     """Score, watched scores, KL to the reference, length and variety of responses to held-out prompts."""
-    settings: OnlineSettings = stage.settings
+    settings: SamplingSettings = stage.settings
     given = [Prompt(text) for text in settings.eval_prompts]
     prompts, counts = stage.renderer.prompts(given or list(stage.eval_records))
     stage.count("eval", counts)

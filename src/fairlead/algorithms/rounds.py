@@ -40,6 +40,8 @@ class Estimate:
 
 
 Estimator = Callable[[Experience, Shaped], Estimate]
+Collate = Callable[..., TokenBatch]
+"""As `rollout_batch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class RolloutSource:
         *,
         mixed: MixedSource | None = None,
         warm_up: int = 0,
+        collate: Collate = rollout_batch,
     ) -> None:
         """In the first ``warm_up`` steps no advantage counts: the value alone learns."""
         settings, train = stage.settings, stage.recipe.train
@@ -72,7 +75,9 @@ class RolloutSource:
         self._shaper, self._estimate, self._mixed, self._warm_up = shaper, estimate, mixed, warm_up
         self._round_size: int = min(settings.rollout_size, len(prompts))
         self._batch_size, self._epochs = train.batch_size, settings.epochs
-        self._guard, self._target_kl = settings.ratio_guard, settings.target_kl
+        self._collate = collate
+        self._guard: float | None = getattr(settings, "ratio_guard", None)
+        self._target_kl: float | None = getattr(settings, "target_kl", None)
         rounds = max(1, round(train.epochs * len(prompts) / self._round_size))
         steps = self._epochs * math.ceil(self._round_size / self._batch_size)
         self.num_steps: int = train.steps if train.steps is not None else rounds * steps
@@ -133,7 +138,7 @@ class RolloutSource:
         for group in groups:
             responses = [i for at in group for i in parts[at][1]]
             batches.append(
-                rollout_batch(
+                self._collate(
                     [parts[at][0] for at in group],
                     {name: [rows[i] for i in responses] for name, rows in tokens.items()},
                     packed=packed,
@@ -187,18 +192,19 @@ class RolloutSource:
 
 def measured(experience: Experience) -> dict[str, float]:
     """What a person watches of a round's responses."""
-    lengths = experience.lengths
-    differences = [
-        (ours - theirs).abs()
-        for ours, theirs in zip(
-            experience.tokens["sampled_logprobs"], experience.tokens["behaviour_logprobs"], strict=True
-        )
-    ]
-    return {
+    lengths, tokens = experience.lengths, experience.tokens
+    told = {
         "rollout/length": sum(lengths) / len(lengths),
         "rollout/finished": float(experience.finished.float().mean()),
-        "rollout/sampler_difference": max(float(row.max()) for row in differences),
-        "rollout/sampler_difference_mean": float(torch.cat(differences).mean()),
-        "policy/entropy": float(torch.cat(experience.tokens["entropy"]).mean()),
         **{f"rollout/{name}": value for name, value in experience.measured.items()},
+    }
+    if "behaviour_logprobs" not in tokens:
+        return told
+    pairs = zip(tokens["sampled_logprobs"], tokens["behaviour_logprobs"], strict=True)
+    differences = torch.cat([(ours - theirs).abs() for ours, theirs in pairs])
+    differences = differences[~differences.isnan()]  # of texts that were cleaned
+    return told | {
+        "rollout/sampler_difference": float(differences.max()) if len(differences) else 0.0,
+        "rollout/sampler_difference_mean": float(differences.mean()) if len(differences) else 0.0,
+        "policy/entropy": float(torch.cat(tokens["entropy"]).mean()),
     }

@@ -111,11 +111,12 @@ class Shaper:
         spread = None if given is None else dense(given)
         rewards = shaped_rewards(last, kl, lengths, kl_coef=charged, dense=spread)
         self._next = self._coefficient(measured.get("objective/kl", 0.0), len(scores)), moments
+        known = ~experience.scores.isnan()
         metrics = measured | {
-            "objective/scores": float(experience.scores.mean()),
-            "objective/scores_std": float(experience.scores.std()) if len(experience.scores) > 1 else 0.0,
-            "objective/rlhf_reward": float(rewards.sum(1).mean()),
-            **{f"objective/scores/{name}": float(values.mean()) for name, values in experience.parts.items()},
+            "objective/scores": float(experience.scores[known].mean()),
+            "objective/scores_std": float(experience.scores[known].std()) if int(known.sum()) > 1 else 0.0,
+            "objective/rlhf_reward": float(rewards.sum(1)[known].mean()),
+            **{f"objective/scores/{name}": float(values[known].mean()) for name, values in experience.parts.items()},
             "objective/kl_coef": self._kl_coef,
         }
         return Shaped(rewards, scores, lengths, inside, metrics)
@@ -128,7 +129,7 @@ class Shaper:
         """Penalised, scaled and clipped, and the moments after this round."""
         settings: Any = self._settings
         scores, before = experience.scores, self._moments
-        moments = before | scores
+        moments = before | scores[~scores.isnan()]
         if settings.reward_scaling != "none":
             if "dense" in experience.tokens:
                 raise TrainingError(
@@ -136,7 +137,8 @@ class Shaper:
                     hint="reward_scaling=none",
                 )
             first = before if before.number else moments
-            used = {"running": moments, "first": first, "round": Moments() | scores}[settings.reward_scaling]
+            alone = Moments() | scores[~scores.isnan()]
+            used = {"running": moments, "first": first, "round": alone}[settings.reward_scaling]
             moments = first if settings.reward_scaling == "first" else moments
             scores = (scores - used.mean if settings.reward_center else scores) / max(used.deviation, 1e-8)
         if settings.reward_clip is not None:

@@ -6,7 +6,9 @@ when a run continues in the middle of a round.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from fairlead.data.pack import by_response, micro_batches, token_batch
 from fairlead.data.render import Renderer, Tree
+from fairlead.errors import TrainingError
 from fairlead.models.roles import Models
+from fairlead.rollout.screen import Screen
 from fairlead.rollout.store import RolloutStore
 from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling, Scores, Support
 
@@ -114,6 +118,10 @@ class Collector:
     """Tokens of one forward pass, now."""
     whole_kl: bool = False
     """Also measure the KL to the reference over the whole distribution, not at the sampled token alone."""
+    logprobs: bool = True
+    """Measure log-probabilities and values; else texts and scores are all that is wanted."""
+    screen: Screen | None = None
+    """Cleans responses, and says which are discarded; those are not scored."""
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """What the phases of the last round took; empty where it was read back."""
 
@@ -123,11 +131,15 @@ class Collector:
         if not self.store.has(round_number):
             with self._timed("sampling"):
                 rollouts = self._sample(round_number, prompts)
+            reasons: list[str | None] = [None] * len(rollouts)
+            if self.screen is not None:
+                rollouts, reasons = self.screen(rollouts)
             with self._timed("scoring"):
-                scores = self.reward(rollouts)
+                scores = self._scored(rollouts, reasons)
             with self._timed("measuring"):
                 experience = self.measure(rollouts, scores)
-            self.store.save(round_number, experience.tensors(), self._rows(rollouts, scores))
+            experience.measured.update(_shares(reasons))
+            self.store.save(round_number, experience.tensors(), self._rows(rollouts, scores, reasons))
         tensors, digest = self.store.load(round_number)
         return Experience.from_tensors(tensors), digest
 
@@ -152,14 +164,36 @@ class Collector:
             rollouts += self.store.chunk(round_number, number, asked, sample)
         return rollouts
 
-    def _rows(self, rollouts: Sequence[Rollout], scores: Scores) -> list[dict[str, Any]]:
+    def _scored(self, rollouts: Sequence[Rollout], reasons: Sequence[str | None]) -> Scores:
+        """Scores of what was not discarded; of what was, nan. Raises TrainingError where nothing is left."""
+        left = [i for i, reason in enumerate(reasons) if reason is None]
+        if not left:
+            raise TrainingError(
+                f"all {len(rollouts)} responses of the round were discarded: {dict(Counter(reasons))}, the first of "
+                f"them {rollouts[0].text[:200]!r}",
+                hint="look at what discards them, and at a sample of the policy",
+            )
+        scores = self.reward([rollouts[i] for i in left])
+        if len(left) == len(rollouts):
+            return scores
+
+        def spread(values: Sequence[float]) -> tuple[float, ...]:
+            whole = [math.nan] * len(rollouts)
+            for i, value in zip(left, values, strict=True):
+                whole[i] = value
+            return tuple(whole)
+
+        return Scores(spread(scores.values), parts={name: spread(values) for name, values in scores.parts.items()})
+
+    def _rows(self, rollouts: Sequence[Rollout], scores: Scores, reasons: Sequence[str | None]) -> list[dict[str, Any]]:
         """The round for people."""
         return [
             {
                 "prompt": self.renderer.prompt_text(rollout.prompt),
                 "response": rollout.text,
                 "finished": rollout.finished,
-                "score": scores.values[i],
+                "score": None if reasons[i] else scores.values[i],
+                **({"discarded": reasons[i]} if reasons[i] else {}),
                 **({"scores": {name: values[i] for name, values in scores.parts.items()}} if scores.parts else {}),
             }
             for i, rollout in enumerate(rollouts)
@@ -177,6 +211,8 @@ class Collector:
             support,
             {"distinct_2": distinct_bigrams([rollout.text for rollout in rollouts])},
         )
+        if not self.logprobs:
+            return experience
         if scores.tokens is not None:
             experience.tokens["dense"] = [torch.tensor(each, dtype=torch.float32) for each in scores.tokens]
         measured = measure_tokens(
@@ -190,6 +226,15 @@ class Collector:
         )
         experience.tokens.update(measured)
         return experience
+
+
+def _shares(reasons: Sequence[str | None]) -> dict[str, float]:
+    """Of all responses, those discarded, and by which reason."""
+    counts = Counter(reason for reason in reasons if reason is not None)
+    if not counts:
+        return {}
+    shares = {f"discarded/{reason}": number / len(reasons) for reason, number in sorted(counts.items())}
+    return {"discarded": sum(counts.values()) / len(reasons), **shares}
 
 
 def trees_of(rollouts: Sequence[Rollout], num_samples: int) -> list[Tree]:

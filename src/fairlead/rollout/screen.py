@@ -1,0 +1,201 @@
+"""What is done to a response before it is judged: cleaned, or discarded with a reason. By rules that are built in, or
+by functions of a user's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator
+
+from fairlead.config_file import suggest
+from fairlead.data.render import Renderer
+from fairlead.errors import ConfigError, TrainingError
+from fairlead.types import Rollout
+
+_TURN = re.compile(r"\n\n(?:Human|Assistant|Question|Answer|User|###\s*\w+):|###\s?(?:Human|Assistant)|<\|im_start\|>")
+_EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
+
+# --- clean: text -> text -------------------------------------------------------------------------------------------
+
+
+def first_turn(text: str) -> str:
+    """What stands before the first mark of another turn, as templates write them."""
+    found = _TURN.search(text)
+    return text[: found.start()] if found else text
+
+
+def strip(text: str, characters: str | None = None) -> str:
+    """Without white space, or the given characters, at both ends."""
+    return text.strip(characters)
+
+
+CLEAN: dict[str, Callable[..., str]] = {"first_turn": first_turn, "strip": strip}
+
+# --- discard: text -> whether --------------------------------------------------------------------------------------
+
+
+def empty(text: str) -> bool:
+    """Nothing but white space."""
+    return not text.strip()
+
+
+def contains(text: str, part: str) -> bool:
+    """``part`` stands somewhere in it."""
+    return part in text
+
+
+def too_short(text: str, words: int) -> bool:
+    """Fewer words."""
+    return len(text.split()) < words
+
+
+def too_long(text: str, words: int) -> bool:
+    """More words."""
+    return len(text.split()) > words
+
+
+def repeats(text: str, share: float = 0.3, n: int = 3) -> bool:
+    """The commonest n-gram of words covers more than ``share`` of them."""
+    words = text.split()
+    grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    return bool(grams) and max(grams.values()) > 1 and max(grams.values()) * n > share * len(words)
+
+
+def code_fences(text: str, most: int = 4) -> bool:
+    """More fences than a person would write."""
+    return text.count("```") > most
+
+
+def emojis(text: str, most: int = 3) -> bool:
+    """More emojis."""
+    return len(_EMOJI.findall(text)) > most
+
+
+def hashes(text: str, most: int = 0) -> bool:
+    """More '#'."""
+    return text.count("#") > most
+
+
+DISCARD: dict[str, Callable[..., bool]] = {
+    "empty": empty,
+    "contains": contains,
+    "too_short": too_short,
+    "too_long": too_long,
+    "repeats": repeats,
+    "code_fences": code_fences,
+    "emojis": emojis,
+    "hashes": hashes,
+}
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def _known(rules: Mapping[str, Callable[..., Any]]) -> Callable[[Any], Any]:
+    def check(given: Any) -> Any:
+        name, arguments = _parts(given)
+        if ":" not in name and name not in rules:
+            raise ValueError(f"no rule {name!r}; {suggest(name, rules)}, or write module:function")
+        if name in rules:
+            try:
+                inspect.signature(rules[name]).bind("", **arguments)
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return given
+
+    return check
+
+
+Rule = str | dict[str, dict[str, Any]]
+"""A rule's name or `module:function`, or one such name with its arguments: {too_short: {words: 3}}."""
+CleanRule = Annotated[Rule, AfterValidator(_known(CLEAN))]
+DiscardRule = Annotated[Rule, AfterValidator(_known(DISCARD))]
+
+
+def _parts(given: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    held = cast(dict[str, dict[str, Any]], given)
+    if len(held) != 1:
+        raise ValueError(f"a rule has one name, got {', '.join(held) or 'none'}")
+    return next(iter(held.items()))
+
+
+# --- what a round asks ---------------------------------------------------------------------------------------------
+
+Screen = Callable[[Sequence[Rollout]], tuple[list[Rollout], list[str | None]]]
+"""Rollouts -> those with their texts cleaned, and why each is discarded or none."""
+
+
+def open_screen(renderer: Renderer, clean: Sequence[Rule], discard: Sequence[Rule]) -> Screen | None:
+    """A screen of the rules in their order; none where there are none. A cleaned text is tokenised anew and ends with
+    the end of sequence; no sampler drew it. Raises ConfigError for a function that cannot be imported."""
+    if not clean and not discard:
+        return None
+    cleaners, judges = [_open(rule, CLEAN) for rule in clean], [_open(rule, DISCARD) for rule in discard]
+
+    def screen(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[str | None]]:
+        texts = [_cleaned(rollout, cleaners) for rollout in rollouts]
+        changed = [i for i, rollout in enumerate(rollouts) if texts[i] != rollout.text]
+        ids = renderer.response_ids([(rollouts[i].prompt, texts[i]) for i in changed])
+        screened = list(rollouts)
+        for i, response in zip(changed, ids, strict=True):
+            screened[i] = replace(
+                rollouts[i],
+                text=texts[i],
+                response_ids=response,
+                behaviour_logprobs=(math.nan,) * len(response),
+                finished=True,
+                kept=None,
+                banned=None,
+            )
+        return screened, [_reason(rollout, judges) for rollout in screened]
+
+    return screen
+
+
+Opened = tuple[str, Callable[[str], Any]]
+
+
+def _open(rule: Rule, rules: Mapping[str, Callable[..., Any]]) -> Opened:
+    name, arguments = _parts(rule)
+    function = rules.get(name)
+    if function is None:
+        module, _, attribute = name.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"no rule {name!r}: {error}", hint="write module:function, importable from here"
+            ) from error
+    made = cast(Callable[..., Any], function)
+    return name, lambda text: made(text, **arguments)
+
+
+def _cleaned(rollout: Rollout, cleaners: Sequence[Opened]) -> str:
+    text = rollout.text
+    for name, clean in cleaners:
+        text = _called(name, clean, text)
+        if not isinstance(text, str):
+            raise TrainingError(f"the rule {name} gave a {type(text).__name__} for {rollout.text[:200]!r}, not a text")
+    return text
+
+
+def _reason(rollout: Rollout, judges: Sequence[Opened]) -> str | None:
+    return next((name for name, judge in judges if _called(name, judge, rollout.text)), None)
+
+
+def _called(name: str, function: Callable[[str], Any], text: str) -> Any:
+    try:
+        return function(text)
+    except Exception as error:
+        raise TrainingError(
+            f"the rule {name} raised {type(error).__name__}: {error}, for the response {text[:200]!r}",
+            hint="mend the function; the same command continues the run",
+        ) from error
