@@ -27,10 +27,11 @@ PEER: dict[str, dict[str, Any]] = {
 }
 WAYS: dict[str, tuple[int, str | None]] = {
     "32 responses at once": (32, None),
-    "32 responses at once, static cache": (32, "static"),
     "8 responses at once": (8, None),
+    "32 responses at once, static cache": (32, "static"),
 }
-"""Settings of TRL: responses in one pass of an update, and the cache it samples with."""
+"""Settings of TRL: responses in one pass of an update, and the cache it samples with, which is the same for GRPO."""
+TRIED = {"rloo": tuple(WAYS), "grpo": tuple(WAYS)[:2]}
 REMARK = (
     "Random Llamas in fp32, AdamW at a constant rate; the same prompts of HH in the same order, the same function of "
     "the text as a reward. Every response has as many tokens as the limit allows: neither side can draw the end of "
@@ -61,7 +62,7 @@ def planned(prompts: rounds.Prompts, folder: Path, settings: argparse.Namespace)
             Asked("XS", folder / "XS", prompts["XS"], settings.learning_steps, seed, SAMPLES)
             for seed in range(settings.seeds)
         ]
-        timed = [way(algorithm, asked, name, settings.warmup) for name in WAYS]
+        timed = [way(algorithm, asked, name, settings.warmup) for name in TRIED[algorithm]]
         learning = [way(algorithm, each, next(iter(WAYS)), 1) for each in seeds]
         plans.append(rounds.Plan(timed, {timed[0].case: learning}))
     return plans

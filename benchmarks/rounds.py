@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,8 @@ class Asked:
 
     @property
     def prompts(self) -> Sequence[given.Pair]:
-        number = self.rounds * BATCH // self.samples
-        if number > len(self.pairs):
-            raise SystemExit(f"there are {len(self.pairs)} prompts, and {number} are needed")
-        return self.pairs[:number]
+        """As many as are asked, from the first on again where there are fewer."""
+        return [*islice(cycle(self.pairs), self.rounds * BATCH // self.samples)]
 
     def files(self) -> tuple[str, str]:
         return write_prompts(self.model / f"{self.samples}-{self.rounds}-{self.seed}", self.prompts, self.seed)
@@ -217,12 +216,19 @@ def whole(way: Way, result: bench.Result) -> float:
     return result["seconds"][-1] - result["seconds"][way.warmup - 1]
 
 
-def phase_rate(phase: str) -> bench.Measure:
+def peak(_: Way, result: bench.Result) -> float:
+    return result["peak"]
+
+
+Measure = Callable[[Way, bench.Result], float]
+
+
+def phase_rate(phase: str) -> Measure:
     """Responses a second of one phase; the update is what the others leave."""
 
-    def measure(way: Any, result: bench.Result) -> float:
+    def measure(way: Way, result: bench.Result) -> float:
         timed = result["phases"][way.warmup :]
-        spent = {name: sum(each[name] for each in timed) for name in PHASES[:-1]}
+        spent: dict[str, float] = {name: sum(each[name] for each in timed) for name in PHASES[:-1]}
         spent["update"] = whole(way, result) - sum(spent.values())
         return BATCH * len(timed) / spent[phase]
 
@@ -232,25 +238,27 @@ def phase_rate(phase: str) -> bench.Measure:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-SPEED: bench.Metrics = {
-    ("responses a second, whole round", "1/s"): (rate, rate),
-    **{(f"responses a second, {phase}", "1/s"): (phase_rate(phase), phase_rate(phase)) for phase in PHASES},
-    **bench.PEAK,
+SPEED: dict[tuple[str, str], Measure] = {
+    ("responses a second, whole round", "1/s"): rate,
+    **{(f"responses a second, {phase}", "1/s"): phase_rate(phase) for phase in PHASES},
+    ("peak memory of the process", "MB"): peak,
 }
 
 
-def speed_lines(ways: Sequence[Way], found: Sequence[Runs], agrees: Mapping[str, bool | None]) -> Iterator[dict[str, Any]]:
+def speed_lines(
+    ways: Sequence[Way], found: Sequence[Runs], agrees: Mapping[str, bool | None]
+) -> Iterator[dict[str, Any]]:
     """A line for each metric, case and setting of the peer, the best of which is marked. `agrees`: whether both
     sides learn the same."""
     speeds = [statistics.median(rate(way, theirs) for _, theirs in runs) for way, runs in zip(ways, found, strict=True)]
     for way, runs, speed in zip(ways, found, speeds, strict=True):
         best = max(other for one, other in zip(ways, speeds, strict=True) if one.case == way.case)
-        for (metric, unit), (mine, theirs) in SPEED.items():
+        for (metric, unit), measure in SPEED.items():
             yield {
                 "case": way.case,
                 "metric": metric,
                 "unit": unit,
-                **bench.compared([mine(way, one) for one, _ in runs], [theirs(way, other) for _, other in runs]),
+                **bench.compared(*([measure(way, pair[side]) for pair in runs] for side in (0, 1))),
                 "peer_name": way.peer_name,
                 "best_of_peer": speed == best,
                 "repeats": len(runs),
@@ -312,9 +320,9 @@ Planned = Callable[[Prompts, Path, argparse.Namespace], list[Plan]]
 def main(about: str | None, name: str, planned: Planned, remark: str) -> None:
     parser = bench.options(about, name, sizes=())
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not timed")
-    parser.add_argument("--steps", type=int, default=4, help="timed rounds")
+    parser.add_argument("--steps", type=int, default=3, help="timed rounds")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side that show what it learns")
-    parser.add_argument("--learning-steps", type=int, default=28, help="rounds of each of them")
+    parser.add_argument("--learning-steps", type=int, default=24, help="rounds of each of them")
     settings = parser.parse_args()
     cases, versions = list[dict[str, Any]](), dict[str, str]()
     with bench.scratch() as folder:
