@@ -232,28 +232,48 @@ def forest_attention(
     sliding window counts from the end of the keys. ``softcap``: scores become cap * tanh(score / cap).
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary tables may have widened them under autocast
-    way = "decode" if forest is None else _way(forest, value, dropout)
+    if forest is None:
+        return _decode(query, key, value, attention_mask, scaling, sliding_window, softcap).transpose(1, 2), None
+    way = _way(forest, value, dropout)
     how: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
-    if forest is not None and way == "flex":
+    if way == "flex":
         return gpu_attention.flex(query, key, value, forest.blocks(sliding_window), **how).transpose(1, 2), None
-    if forest is not None and way == "flash":
+    if way == "flash":
         how |= {"dropout": dropout, "window": sliding_window}
         return gpu_attention.flash(query, key, value, forest.varlen, **how).transpose(1, 2), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if forest is None:
-        if sliding_window is not None and attention_mask is not None:
-            ages = torch.arange(key.shape[2] - 1, -1, -1, device=key.device)
-            offsets = torch.arange(query.shape[2] - 1, -1, -1, device=key.device)
-            attention_mask = attention_mask & (ages[None] - offsets[:, None] < sliding_window)
-        out = _attend(query, key, value, attention_mask, 0.0, scaling, softcap)
-    elif way == "eager":
+    if way == "eager":
         mask = forest.dense(sliding_window)
         out = explicit_attention(query, key, value, mask, dropout, scaling, softcap)
     else:
         out = _by_segments(query, key, value, forest, dropout, scaling, sliding_window, softcap)
     return out.transpose(1, 2), None
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Against a cache, whose keys the queries end."""
+    if window is not None and mask is not None:
+        ages = torch.arange(key.shape[2] - 1, -1, -1, device=key.device)
+        offsets = torch.arange(query.shape[2] - 1, -1, -1, device=key.device)
+        mask = mask & (ages[None] - offsets[:, None] < window)
+    rows, heads, tokens, width = query.shape
+    groups = heads // key.shape[1]
+    if tokens == 1:  # heads that share keys are as good as several queries of one head: no key is repeated
+        query = query.reshape(rows, key.shape[1], groups, width)
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = _attend(query, key, value, mask, 0.0, scaling, softcap)
+    return out.reshape(rows, heads, tokens, width)
 
 
 def _way(forest: Forest, value: Tensor, dropout: float) -> str:

@@ -33,9 +33,9 @@ class LogitForm:
         return cls(float(scale), getattr(text, "final_logit_softcapping", None))
 
 
-def last_logits(network: Any, hidden: Tensor) -> Tensor:
+def last_logits(network: Any, hidden: Tensor, form: LogitForm | None = None) -> Tensor:
     """``hidden`` [R, H] -> the model's logits [R, V], in max(fp32, dtype). For a few rows: a sampler's."""
-    form, head = LogitForm.of(network.config), network.get_output_embeddings()
+    form, head = form or LogitForm.of(network.config), network.get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if form.scale != 1.0:

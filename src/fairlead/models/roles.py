@@ -257,9 +257,9 @@ class Models(nn.Module):
         kl = full_kl(*found, temperature=temperature, support=tensors_of(batch.support))
         return _spread(kl, batch, rows, columns)
 
-    def autocast(self) -> torch.autocast:
-        """In which type the trunk's layers multiply."""
-        return torch.autocast(self.device.type, self._autocast or torch.bfloat16, self._autocast is not None)
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the trunk's layers multiply in the type that they are trained in."""
+        return contextlib.nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
 
     def _trunk(self, network: Any, batch: TokenBatch) -> Tensor:
         """Last hidden states [B, T, H]."""

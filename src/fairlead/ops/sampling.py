@@ -82,12 +82,12 @@ def keep_top(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Index of the interval of the cumulated ``weights`` [R, N] that ``uniforms`` [R] fall into -> [R]."""
-    cumulated = weights.double().cumsum(1)
+    """Index of the interval of the cumulated ``weights`` [R, N] that ``uniforms`` [R] fall into -> [R]. Its weight is
+    never zero."""
+    cumulated = weights.cumsum(1, dtype=torch.float64)
     total = cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, uniforms[:, None] * total, right=True)[:, 0]
-    last = weights.shape[1] - 1 - (weights > 0).flip(1).to(torch.int8).argmax(1)
-    return torch.minimum(index, last)
+    below = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, below, right=True)[:, 0]
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fairlead.models.roles import Models
 from fairlead.ops.sampling import kept_tokens, sample_tokens, stream_key, token_uniforms
 from fairlead.rollout.cache import survivors
 from fairlead.rollout.draws import Response, cuts, limits, rollout, shaped
+from fairlead.rollout.packed import packed
 from fairlead.rollout.reader import Reader
 from fairlead.rollout.stops import Stops
 from fairlead.types import Prompt, Rollout, Sampling
@@ -60,15 +61,15 @@ class NativeSampler:
         """A response for each of the items [R], in their order."""
         longest, eos = sampling.max_new_tokens, self._renderer.eos
         index = torch.arange(longest, device=items.device).expand(len(items), longest)
-        uniforms = token_uniforms(key, items[:, None].expand_as(index), index)
+        uniforms = token_uniforms(key, items[:, None].expand_as(index), index).transpose(1, 2)
         ends, rows = limits(key, items, sampling), torch.arange(len(items), device=items.device)
         stops, record = Stops(self._renderer, sampling.stop, len(items)), _Record()
         logits = reader.prompts()
         for t in range(longest):
             logits = shaped(logits, sampling, eos, len(rows) if t < sampling.min_new_tokens else 0)
-            tokens, logprobs = sample_tokens(logits, uniforms[:, rows, t])
+            tokens, logprobs = sample_tokens(logits, uniforms[:, t])
             record.add(rows, tokens, logprobs, logits if cuts(sampling) else None)
-            done = (tokens == eos) | (ends[rows] == t + 1)
+            done = (tokens == eos) | (ends == t + 1)
             if sampling.stop:
                 done |= torch.tensor(stops.add(rows.tolist(), tokens.tolist()), device=done.device)
             if bool(done.any()):
@@ -76,7 +77,7 @@ class NativeSampler:
                 if not len(order):
                     break
                 reader.keep(order)
-                rows, tokens = rows[order], tokens[order]
+                rows, tokens, ends, uniforms = rows[order], tokens[order], ends[order], uniforms[:, :, order]
             logits = reader.next(tokens)
         return record.responses(len(items), stops.stopped)
 
@@ -90,7 +91,8 @@ def decoding(models: Models, role: str) -> Iterator[Any]:
         was_training = network.training
         network.eval()
         try:
-            yield network
+            with packed(network):
+                yield network
         finally:
             network.train(was_training)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairlead.models.attention import Forest
-from fairlead.models.lm_head import last_logits
+from fairlead.models.lm_head import LogitForm, last_logits
 from fairlead.models.roles import Models
 from fairlead.rollout.cache import Place, decoding_cache
 
@@ -33,13 +33,14 @@ class Reader:
         """[R, width + length]: prompts stand at the right end of their part."""
         self._positions = (lengths - 1)[owner][:, None]
         self._used = self._width
+        self._form = LogitForm.of(network.config)
         self._cache: Any = None
 
     def prompts(self) -> Tensor:
         """Logits after each row's prompt [R, V]; each prompt is read once."""
         by_segments = self._models.forest and self._device.type == "cpu"
         hidden = self._packed_prompts() if by_segments else self._padded_prompts()
-        return last_logits(self._network, hidden)[self._owner]
+        return last_logits(self._network, hidden, self._form)[self._owner]
 
     def next(self, tokens: Tensor) -> Tensor:
         """Logits after one more token a row: [R] -> [R, V]."""
@@ -48,7 +49,7 @@ class Reader:
         seen = self._seen[:, : self._used]
         mask = seen[:, None, None] if self._models.forest else seen.long()
         hidden = self._trunk(tokens[:, None], self._positions, mask)
-        return last_logits(self._network, hidden[:, -1])
+        return last_logits(self._network, hidden[:, -1], self._form)
 
     def keep(self, order: Tensor) -> None:
         """Row i becomes row ``order[i]``, others are dropped."""

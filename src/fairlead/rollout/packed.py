@@ -1,0 +1,89 @@
+"""Linear layers for a few rows: their weights, adapters added in, copied into a layout that a product with few rows
+reads fast, for as long as decoding lasts. On CPUs and in fp32; elsewhere, and for layers of another kind, nothing
+changes.
+
+A call with many rows, a prompt's, goes the usual way. The copies take as much memory as the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_ROWS = 256
+"""Above, the usual product is as fast."""
+MOST_BYTES = 1 << 32
+"""Of weights: a larger network is left as it is."""
+LARGE, LARGE_FOR_FEW, FEW = 1 << 23, 1 << 19, 16
+"""Numbers of a weight from which the layout of oneDNN is faster than a transposed one: of any, and of FEW rows."""
+
+
+@contextmanager
+def packed(network: Any) -> Iterator[None]:
+    """Inside, the network's linear layers serve few rows from copies of their weights, made when first needed. Weights
+    must not change meanwhile."""
+    changed = [module for module in network.modules() if _is_packable(module)]
+    if sum(p.numel() * p.element_size() for p in network.parameters()) > MOST_BYTES:
+        changed = []
+    for module in changed:
+        module.forward = _FewRows(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+class _FewRows:
+    """The forward of a layer, while it is packed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._plain = module, module.forward
+        self._product: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        rows = states.numel() // states.shape[-1]
+        if rows > MOST_ROWS:
+            return self._plain(states)
+        if self._product is None:
+            self._product = _product(*_weights(self._module), rows)
+        return self._product(states)
+
+
+def _is_packable(module: Any) -> bool:
+    if "forward" in vars(module):
+        return False
+    layer = module.base_layer if hasattr(module, "lora_A") else module
+    if type(layer) is not nn.Linear and type(layer).__name__ != "Conv1D":
+        return False
+    if layer is not module and (
+        type(module).__name__ != "Linear" or module.merged or module.lora_variant or any(module.lora_bias.values())
+    ):
+        return False
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+
+
+def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
+    """[outputs, inputs] with the active adapters added in, and the bias."""
+    layer = module.base_layer if hasattr(module, "lora_A") else module
+    weight = layer.weight
+    if layer is not module and not module.disable_adapters:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                weight = weight + module.get_delta_weight(name)
+    return weight.t() if type(layer).__name__ == "Conv1D" else weight, layer.bias
+
+
+def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """states [..., inputs] -> states @ weight.T + bias; ``rows`` is how many there are at first."""
+    if weight.numel() >= (LARGE if rows > FEW else LARGE_FOR_FEW) and torch.backends.mkldnn.is_available():
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        return lambda states: torch.ops.mkldnn._linear_pointwise(states, reordered, bias, "none", [], "")
+    transposed = weight.t().contiguous()
+    if bias is None:
+        return lambda states: torch.matmul(states, transposed)
+    return lambda states: torch.matmul(states, transposed).add_(bias)
