@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairlead.data.render import Renderer
 from fairlead.ops.sampling import keep_top, keyed_uniform
-from fairlead.rollout.stops import text_before
+from fairlead.rollout.stops import stop_length, text_before
 from fairlead.types import Prompt, Rollout, Sampling
 
 LIMIT_DRAW = 2
@@ -48,6 +48,15 @@ def shaped(logits: Tensor, sampling: Sampling, eos: int, early: int) -> Tensor:
     if early:
         logits[:early, eos] = -torch.inf
     return keep_top(logits, top_k=sampling.top_k, top_p=sampling.top_p) if cuts(sampling) else logits
+
+
+def ended(renderer: Renderer, sampling: Sampling, ids: list[int], limit: int) -> Response:
+    """What of the tokens of a row is its response: up to the first end of sequence, stop string, or the limit."""
+    ids = ids[:limit]
+    if renderer.eos in ids:
+        ids = ids[: ids.index(renderer.eos) + 1]
+    length = stop_length(renderer, sampling.stop, ids) if sampling.stop else None
+    return Response(ids[:length], stopped=length is not None)
 
 
 def rollout(

@@ -13,9 +13,8 @@ from torch import Tensor
 from fairlead.data.render import Renderer
 from fairlead.models.roles import Models
 from fairlead.ops.sampling import kept_tokens, stream_key
-from fairlead.rollout.draws import Response, cuts, limits, rollout, shaped
+from fairlead.rollout.draws import Response, cuts, ended, limits, rollout, shaped
 from fairlead.rollout.native import decoding
-from fairlead.rollout.stops import stop_length
 from fairlead.types import Prompt, Rollout, Sampling
 
 
@@ -46,7 +45,8 @@ class GenerateSampler:
                 found = self._sequences(network, [ids[i] for i in part], sampling, num_samples, seed)
                 owners = [i for i in part for _ in range(num_samples)]
                 for i, sequence, end in zip(owners, found, ends, strict=True):
-                    drawn = self._measured(network, ids[i], self._ended(sequence, end, sampling), sampling)
+                    drawn = ended(self._renderer, sampling, sequence, end)
+                    self._measure(network, ids[i], drawn, sampling)
                     rollouts.append(rollout(self._renderer, sampling, prompts[i], ids[i], drawn))
         return rollouts
 
@@ -81,15 +81,8 @@ class GenerateSampler:
             )
         return found[:, width:].tolist()
 
-    def _ended(self, ids: list[int], limit: int, sampling: Sampling) -> Response:
-        ids = ids[:limit]
-        if self._renderer.eos in ids:
-            ids = ids[: ids.index(self._renderer.eos) + 1]
-        length = stop_length(self._renderer, sampling.stop, ids) if sampling.stop else None
-        return Response(ids[:length], stopped=length is not None)
-
-    def _measured(self, network: Any, prompt: tuple[int, ...], drawn: Response, sampling: Sampling) -> Response:
-        """With the log-probabilities and kept tokens of one forward pass."""
+    def _measure(self, network: Any, prompt: tuple[int, ...], drawn: Response, sampling: Sampling) -> None:
+        """Fill in the log-probabilities and kept tokens of one forward pass."""
         ids = torch.tensor([[*prompt, *drawn.ids]], device=self._models.device)
         with self._models.autocast():
             logits: Tensor = network(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
@@ -102,7 +95,6 @@ class GenerateSampler:
         if cuts(sampling):
             kept, counts = kept_tokens(logits)
             drawn.kept = [tuple(part.tolist()) for part in kept.split(counts.tolist())]
-        return drawn
 
 
 @contextmanager
