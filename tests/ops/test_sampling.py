@@ -247,6 +247,26 @@ def test_the_kept_sets_by_hand(top_k: int, top_p: float, wanted: list[int]) -> N
     assert kept(SKEWED, top_k=top_k, top_p=top_p) == wanted
 
 
+@pytest.mark.parametrize("top_p", [0.3004, 0.9003, 0.9987])
+@pytest.mark.parametrize("top_k", [0, 400])
+def test_the_kept_set_is_that_of_a_stable_sort_of_the_whole_vocabulary(top_k: int, top_p: float) -> None:
+    """Rows that need few tokens and rows that need most, beside one another, with many equal logits."""
+    scales = torch.tensor([0.1, 1.0, 3.0, 9.0, 0.0])[:, None]
+    logits = (torch.randn(5, 1000, generator=torch.Generator().manual_seed(3)) * scales * 4).round().double() / 4
+    result = keep_top(logits, top_k=top_k, top_p=top_p)
+    sizes: list[int] = []
+    for row, found in zip(logits, result, strict=True):
+        order = sorted(range(1000), key=lambda i: (-float(row[i]), i))
+        if top_k:
+            floor = row[order[top_k - 1]]
+            order = [i for i in order if row[i] >= floor]
+        probs = row[order].softmax(0)
+        wanted = {i for i, before in zip(order, (probs.cumsum(0) - probs).tolist(), strict=True) if before < top_p}
+        assert set(found.isfinite().nonzero()[:, 0].tolist()) == wanted
+        sizes.append(len(wanted))
+    assert min(sizes) < 30 and max(sizes) > 250
+
+
 def test_each_row_is_truncated_by_itself() -> None:
     logits = torch.tensor([SKEWED, SKEWED[::-1]]).log()
     assert keep_top(logits, top_k=2, top_p=1.0).isfinite().tolist() == [

@@ -16,6 +16,8 @@ from torch import Tensor
 
 BLOCK = 64
 """Tokens of a block of the vocabulary."""
+CANDIDATES = 256
+"""Likeliest tokens that are ordered before the whole vocabulary is."""
 
 
 def stream_key(*parts: int | str) -> int:
@@ -45,20 +47,16 @@ def token_uniforms(key: int, items: Tensor, tokens: Tensor) -> Tensor:
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits). ``logits`` [R, V] (already divided by the temperature; -inf: never),
     ``uniforms`` [2, R] -> (token ids [R], their log-probabilities [R] in max(fp32, input dtype))."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows, vocabulary = logits.shape
-    peak = logits.amax(1, keepdim=True)
-    weights = (logits - peak).exp_()
+    probs = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     blocks = -(-vocabulary // BLOCK)
     if blocks * BLOCK != vocabulary:
-        weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocabulary))
-    weights = weights.view(rows, blocks, BLOCK)
-    mass = weights.sum(2)
-    block = _inverse_cdf(mass, uniforms[0])
-    inside = weights[torch.arange(rows, device=logits.device), block]
+        probs = torch.nn.functional.pad(probs, (0, blocks * BLOCK - vocabulary))
+    blocked = probs.view(rows, blocks, BLOCK)
+    block = _inverse_cdf(blocked.sum(2), uniforms[0])
+    inside = blocked[torch.arange(rows, device=logits.device), block]
     token = block * BLOCK + _inverse_cdf(inside, uniforms[1])
-    log_total = mass.sum(1).log_() + peak[:, 0]
-    return token, logits.gather(1, token[:, None])[:, 0] - log_total
+    return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
 def kept_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,12 +71,32 @@ def keep_top(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     if top_k and top_k < logits.shape[1]:
         floor = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=1, descending=True, stable=True)
-        probs = ordered.softmax(1)
-        dropped = probs.cumsum(1) - probs >= top_p
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
-    return logits
+    return _nucleus(logits, top_p) if top_p < 1.0 else logits
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens decide it in most rows; the others are sorted whole. Of equal ones the first are kept."""
+    total = logits.logsumexp(1, keepdim=True)
+    values = logits.topk(min(CANDIDATES, logits.shape[1]), dim=1).values
+    number, floor, is_enough = _fewest(values, total, top_p)
+    rest = (~is_enough).nonzero()[:, 0]
+    if len(rest):
+        number[rest], floor[rest], _ = _fewest(logits[rest].sort(dim=1, descending=True).values, total[rest], top_p)
+    kept = logits >= floor
+    surplus = kept.sum(1) - number
+    if bool(surplus.any()):
+        equal = logits == floor
+        kept &= ~equal | (equal.cumsum(1) <= (equal.sum(1) - surplus)[:, None])
+    return logits.masked_fill(~kept, -torch.inf)
+
+
+def _fewest(ordered: Tensor, total: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [R, N] in falling order, whose exponentials sum to that of ``total`` [R, 1]: how many hold ``top_p``
+    [R], the last of them [R, 1], and whether N are enough [R]."""
+    probs = (ordered - total).exp()
+    reached = probs.cumsum(1)
+    number = (reached - probs < top_p).sum(1)
+    return number, ordered.gather(1, number[:, None] - 1), reached[:, -1] >= top_p
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
