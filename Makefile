@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-memory bench-gpu peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="
 
 bench-quality: peers ## compare held-out accuracy of reward models and DPO with TRL's (FAIRLEAD_DATA=folder ARGS="--limit 40")
 	.venv/bin/python benchmarks/quality.py $(ARGS)
+
+bench-rollout: environment ## time sampling beside transformers.generate (FAIRLEAD_DATA=folder ARGS="--sizes S")
+	.venv/bin/python benchmarks/rollout.py $(ARGS)
 
 bench-memory: environment ## peak memory of PPO with four roles on one base (ARGS="--layers 2 --width 64")
 	.venv/bin/python benchmarks/memory.py $(ARGS)
