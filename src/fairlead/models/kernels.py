@@ -108,11 +108,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        inverse = norms.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
+        out, inverse = _normed(states, weight, eps, offset)
         ctx.save_for_backward(states, weight, inverse)
         ctx.offset = offset
-        return (states * inverse).mul_(weight + offset if offset else weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +127,15 @@ class _Norm(torch.autograd.Function):
         return pull.addcmul_(normed, along, value=-1).mul_(inverse), grad_weight, None, None
 
 
+def _normed(states: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    inverse = norms.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
+    return (states * inverse).mul_(weight + offset if offset else weight), inverse
+
+
 def _norm(states: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    if not torch.is_grad_enabled():  # decoding is so many small calls that an autograd function is felt
+        return _normed(states, weight, eps, offset)[0]
     return cast(Any, _Norm).apply(states, weight, eps, offset)
 
 
@@ -226,12 +233,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (a, b), (cos_a, cos_b), (sin_a, sin_b) = (t.chunk(2, -1) for t in (states, cos, sin))
-        out = torch.empty_like(states)
-        first, second = out.chunk(2, -1)
-        torch.mul(a, cos_a, out=first).addcmul_(b, sin_a, value=-1)
-        torch.mul(b, cos_b, out=second).addcmul_(a, sin_b)
-        return out
+        return _turned(states, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,13 +246,25 @@ class _Rotary(torch.autograd.Function):
         return out, None, None
 
 
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = states.shape[-1] // 2
+    out = states * cos
+    out[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return out
+
+
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``q`` [B, heads, T, D], ``k`` [B, key heads, T, D], ``cos``, ``sin`` [B, T, D]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if not torch.is_grad_enabled():
+        return _turned(q, cos, sin), _turned(k, cos, sin)
     return cast(Any, _Rotary).apply(q, cos, sin), cast(Any, _Rotary).apply(k, cos, sin)
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _activate(gate, act).mul_(up)
     return cast(Any, _Gated).apply(gate, up, act)
 
 

@@ -7,6 +7,7 @@ A call with many rows, a prompt's, goes the usual way. The copies take as much m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 MOST_ROWS = 256
 """Above, the usual product is as fast."""
-MOST_BYTES = 1 << 32
+MOST_BYTES = 1 << 31
 """Of weights: a larger network is left as it is."""
 LARGE, LARGE_FOR_FEW, FEW = 1 << 23, 1 << 19, 16
 """Numbers of a weight from which the layout of oneDNN is faster than a transposed one: of any, and of FEW rows."""
@@ -80,10 +81,21 @@ def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     """states [..., inputs] -> states @ weight.T + bias; ``rows`` is how many there are at first."""
-    if weight.numel() >= (LARGE if rows > FEW else LARGE_FOR_FEW) and torch.backends.mkldnn.is_available():
+    if weight.numel() >= (LARGE if rows > FEW else LARGE_FOR_FEW) and _has_onednn():
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         return lambda states: torch.ops.mkldnn._linear_pointwise(states, reordered, bias, "none", [], "")
     transposed = weight.t().contiguous()
     if bias is None:
         return lambda states: torch.matmul(states, transposed)
     return lambda states: torch.matmul(states, transposed).add_(bias)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether this build of torch has the operations, which are not public, found by trying."""
+    try:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(torch.ones(4, 4), None)
+        product = torch.ops.mkldnn._linear_pointwise(torch.ones(1, 4), reordered, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((product == 4.0).all())
