@@ -284,7 +284,8 @@ def test_sampling_leaves_modules_training_mode_and_gradients_as_they_were() -> N
     assert all(p.requires_grad and p.grad is None for p in made.trainable.values())
 
 
-def test_decoding_multiplies_in_the_type_that_training_does() -> None:
+def test_decoding_multiplies_in_the_type_that_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fairlead.rollout.packed.LARGE_FOR_FEW", 1)  # a packed layer would know fp32 alone
     made, sampler = _sampler(autocast=torch.bfloat16)
     seen: list[torch.dtype] = []
     made.causal.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: seen.append(out.dtype))

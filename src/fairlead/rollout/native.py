@@ -7,7 +7,7 @@ of the distribution drawn from, in fp32, at the sampling temperature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def decoding(models: Models, role: str) -> Iterator[Any]:
         was_training = network.training
         network.eval()
         try:
-            with packed(network):
+            with packed(network) if models._autocast is None else nullcontext():
                 yield network
         finally:
             network.train(was_training)

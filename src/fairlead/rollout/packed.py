@@ -1,6 +1,6 @@
 """Linear layers for a few rows: their weights, adapters added in, copied into a layout that a product with few rows
-reads fast, for as long as decoding lasts. On CPUs and in fp32; elsewhere, and for layers of another kind, nothing
-changes.
+reads fast, for as long as decoding lasts. On CPUs and in fp32, without autocast; elsewhere, and for layers of another
+kind, nothing changes.
 
 A call with many rows, a prompt's, goes the usual way. The copies take as much memory as the weights.
 """

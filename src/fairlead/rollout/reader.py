@@ -67,7 +67,7 @@ class Reader:
         forest = Forest(torch.where(positions > 0, index - 1, -1), end, positions, "sdpa")
         # Where in the row the last tokens of each prompt stand; before its first are some others, which none sees.
         place = (last[:, None] - self._width + torch.arange(self._width)).clamp(min=0)[self._owner]
-        self._cache = self._own_cache(lambda states: states[0][:, place].transpose(0, 1))
+        self._cache = self._opened(lambda states: states[0][:, place].transpose(0, 1))
         ids = torch.tensor([[token for ids in self._prompts for token in ids]])
         return self._trunk(ids, positions, torch.zeros(1, 1, 1, 1, dtype=torch.bool), forest=forest)[0, last - 1]
 
@@ -78,14 +78,14 @@ class Reader:
         seen = index >= self._padding[:, None]
         positions = (index - self._padding[:, None]).clamp(min=0)
         if self._models.forest:
-            self._cache = self._own_cache(lambda states: states[self._owner])
+            self._cache = self._opened(lambda states: states[self._owner])
             return self._trunk(ids, positions, _causal(seen))[:, -1]
-        self._cache = decoding_cache(self._network, self._room, None)
+        self._cache = self._opened(None)
         hidden = self._trunk(ids, positions, seen.long())[:, -1]
         self._cache.batch_select_indices(self._owner)
         return hidden
 
-    def _own_cache(self, place: Place) -> Any:
+    def _opened(self, place: Place | None) -> Any:
         return decoding_cache(self._network, self._room, place)
 
     def _trunk(self, ids: Tensor, positions: Tensor, mask: Tensor, **given: Any) -> Tensor:
