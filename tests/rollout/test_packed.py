@@ -91,6 +91,7 @@ def test_every_fp32_layer_is_packed_once_and_for_few_rows_only(monkeypatch: pyte
     network = Network()
     with torch.no_grad(), packed(network):
         network(torch.randn(module.MOST_ROWS + 1, WIDTHS[0]))
+        network(torch.randn(1, 2, WIDTHS[0]))
         assert not made
         for rows in (module.MOST_ROWS, 3, 1):
             network(torch.randn(rows, WIDTHS[0]))

@@ -2,7 +2,7 @@
 reads fast, for as long as decoding lasts. On CPUs and in fp32, without autocast; elsewhere, and for layers of another
 kind, nothing changes.
 
-A call with many rows, a prompt's, goes the usual way. The copies take as much memory as the weights.
+Prompts, of many tokens a row, go the usual way. The copies take as much memory as the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _FewRows:
 
     def __call__(self, states: Tensor) -> Tensor:
         rows = states.numel() // states.shape[-1]
-        if rows > MOST_ROWS:
+        if rows > MOST_ROWS or (states.dim() > 2 and states.shape[-2] > 1):  # prompts
             return self._plain(states)
         if self._product is None:
             self._product = _product(*_weights(self._module), rows)
