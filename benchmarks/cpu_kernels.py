@@ -1,6 +1,6 @@
 """One training step with and without our CPU kernels: CPU seconds, and bytes kept for the backward pass.
 
-    python benchmarks/kernels.py [--repeats 15] [--out FILE]
+    python benchmarks/cpu_kernels.py [--repeats 15] [--out FILE]
 
 Random Llamas in fp32, forward and backward with the chunked head, one thread. Steps of both sides alternate, and CPU
 time is compared within each pair, so that a shared machine moves both. Each kind of kernel alone, then all.
@@ -105,7 +105,7 @@ def main() -> None:
             print(f"{each['case']:36} {each['metric']:34} {each['ours']:9.3f} {each['peer']:9.3f} {each['ratio']:.3f}")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
     result = {
-        "command": f"python benchmarks/kernels.py --repeats {settings.repeats}",
+        "command": f"python benchmarks/cpu_kernels.py --repeats {settings.repeats}",
         "commit": commit.strip(),
         "date": date.today().isoformat(),
         "hardware": f"{len(os.sched_getaffinity(0))} cores, {platform.processor() or platform.machine()}, 1 thread",
