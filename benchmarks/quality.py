@@ -80,9 +80,10 @@ PRETRAIN_ROWS = 4
 SFT = {"learning_rate": 5e-4, "schedule": "cosine", "warmup_ratio": 0.05}
 CURVE = (125, 250, 500)
 """Training pairs of a reward model besides all of them, in one order."""
+DPO_PAIRS = 500
 BATCH = 16
-EPOCHS = {"reward": 2, "dpo": 1}
-LEARNING_RATE = {"reward": 1e-4, "dpo": 5e-5}
+LEARNING_RATE = {"reward": 3e-4, "dpo": 1e-4}
+"""Chosen on a part of the training pairs, where a second epoch was of no use."""
 BETA = 0.1
 ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """As many runs go side by side as there are cores."""
@@ -113,6 +114,11 @@ class Split:
     def prompts(self) -> list[str]:
         """Of the held-out pairs: what is resampled."""
         return [key_of(pair) for pair in self.heldout]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        pairs = {"pairs": self.read, "training_pairs": len(self.train), "heldout_pairs": len(self.heldout)}
+        return pairs | {"heldout_prompts": len(set(self.prompts))}
 
 
 def key_of(pair: given.Pair) -> str:
@@ -198,10 +204,9 @@ class Case:
         return sorted(self.of.train, key=lambda pair: keyed_hash(seed, "curve", key_of(pair)))[: self.number]
 
     def order(self, seed: int) -> list[given.Pair]:
-        """The pairs of all epochs, in whole batches, as both sides read them."""
+        """The pairs as both sides read them, once, in whole batches."""
         pairs = self.train(seed)
-        keys = [stream_key(seed, "quality", epoch) for epoch in range(EPOCHS[self.algorithm])]
-        read = [pairs[i] for key in keys for i in permutation(key, len(pairs))]
+        read = [pairs[i] for i in permutation(stream_key(seed, "quality"), len(pairs))]
         return read[: len(read) // BATCH * BATCH]
 
     def sides(self, folder: Path, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -259,9 +264,10 @@ def ours(recipe: dict[str, Any]) -> bench.Result:
     algorithm, measures = find(recipe["algorithm"]), list[Callable[[], dict[str, float]]]()
 
     def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
-        if algorithm.name in EPOCHS:  # made before the first step: the reference is the model as it is now
-            parts = {field.name: getattr(stage, field.name) for field in fields(stage)}
-            measures.append(algorithm.evaluation(Apart(**parts | {"budget": TokenBudget(SMALLEST)})))
+        if algorithm.name in LEARNING_RATE:  # made before the first step: the reference is the model as it is now
+            parts: dict[str, Any] = {field.name: getattr(stage, field.name) for field in fields(stage)}
+            parts["budget"] = TokenBudget(SMALLEST)
+            measures.append(algorithm.evaluation(Apart(**parts)))
         return algorithm.evaluation(stage)
 
     globals()["MEASURED"] = replace(algorithm, evaluation=evaluation)
@@ -363,7 +369,7 @@ def main() -> None:
     parser = bench.options(__doc__, "quality", sizes=(), repeats=2, folders=("hh-rlhf", "stackexchange", "text"))
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--limit", type=int, help="pairs of each part, to try the benchmark out")
-    parser.add_argument("--pretrain-steps", type=int, default=800, help=f"of {PRETRAIN_ROWS} rows")
+    parser.add_argument("--pretrain-steps", type=int, default=600, help=f"of {PRETRAIN_ROWS} rows")
     settings = parser.parse_args()
     data = bench.data_folder(parser, settings)
     with bench.scratch() as folder:
@@ -373,23 +379,14 @@ def main() -> None:
         tokenizer = train_tokenizer([*texts, *own], SCRATCH["vocab_size"], given.LENGTH)
         splits = [fitting(name, parts[name], tokenizer, settings.limit) for name in settings.sets]
         perplexity = start_models(folder, texts, splits, tokenizer, settings.pretrain_steps)
-        cases = [Case(of, name, len(of.train), settings.repeats) for name in ("dpo", "reward") for of in splits]
+        cases = [Case(of, "dpo", min(DPO_PAIRS, len(of.train)), settings.repeats) for of in splits]
+        cases += [Case(of, "reward", len(of.train), settings.repeats) for of in splits]
         fewer = [(of, number) for number in reversed(CURVE) for of in splits if number < len(of.train)]
         cases += [Case(of, "reward", number, 1) for of, number in fewer]
         runs = run_all(cases, folder)
         found = [line for case, each in zip(cases, runs, strict=True) for line in lines(case, each)]
-    counts = {
-        of.name: {
-            "pairs": of.read,
-            "training_pairs": len(of.train),
-            "heldout_pairs": len(of.heldout),
-            "heldout_prompts": len(set(of.prompts)),
-        }
-        for of in splits
-    }
-    bench.write_results(
-        settings.out, "quality", found, bench.versions(runs), REMARK, data=counts, start_perplexity=round(perplexity, 2)
-    )
+    more = {"data": {of.name: of.counts for of in splits}, "start_perplexity": round(perplexity, 2)}
+    bench.write_results(settings.out, "quality", found, bench.versions(runs), REMARK, **more)
 
 
 if __name__ == "__main__":
