@@ -35,12 +35,28 @@ def test_each_split_has_the_problems_asked_for_and_shares_none(made: Path) -> No
     assert [row["prompt"] for row in rows(made, "heldout_sft")] == asked[500:]
 
 
-def test_every_line_of_a_worked_answer_is_true_and_the_last_is_the_result(made: Path) -> None:
-    for row in rows(made, "sft"):
+def test_an_answer_shows_its_steps_which_are_all_true_or_is_the_result_alone(made: Path) -> None:
+    shown = 0
+    for row in rows(made, "sft") + rows(made, "heldout_sft"):
         first, *steps, last = row["response"].split("\n")
         assert first == ""
-        assert [eval(step.replace(" = ", " == ")) for step in steps] == [True, True]
         assert last == f"#### {result(row['prompt'])}"
+        assert len(steps) in (0, 5)
+        shown += bool(steps)
+        terms = row["prompt"].removesuffix(" =").split(" ")
+        for number, step in enumerate(steps):
+            left, right = step.split(" = ")
+            assert left.split(" ")[1:] == terms[2 * number + 1 : 2 * number + 3]
+            assert eval(left) == int(right) == eval(" ".join(terms[: 2 * number + 3]))
+    assert 85 < shown < 155  # 120 of 300 expected, standard deviation 8.5
+
+
+@pytest.mark.parametrize(("worked", "lines"), [(0.0, 2), (1.0, 7)])
+def test_all_answers_show_their_steps_or_none_does_where_that_is_asked_for(
+    tmp_path: Path, worked: float, lines: int
+) -> None:
+    prepare("arithmetic", None, tmp_path / "out", solved=50, unsolved=1, heldout=1, worked=worked, say=silent)
+    assert {len(row["response"].split("\n")) for row in rows(tmp_path / "out", "sft")} == {lines}
 
 
 def test_the_column_holds_the_result_and_the_rule_knows_a_right_answer_from_a_wrong_one(made: Path) -> None:

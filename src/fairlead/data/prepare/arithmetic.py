@@ -1,10 +1,10 @@
-"""Sums with worked answers that end in ``#### n``, as GSM8K's do, made by a seed. Knows no models."""
+"""Sums with answers that end in ``#### n``, as GSM8K's do, made by a seed. Knows no models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -20,14 +20,16 @@ OPERATORS = "+-"
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticOptions:
-    solved: Annotated[int, Field(ge=1)] = 2000
-    """Problems with a worked answer, to fine-tune on."""
+    solved: Annotated[int, Field(ge=1)] = 3000
+    """Problems with an answer, to fine-tune on."""
     unsolved: Annotated[int, Field(ge=1)] = 4000
     """More problems, of which the result alone is given: prompts for a rule."""
     heldout: Annotated[int, Field(ge=1)] = 500
     """More problems, kept for evaluation."""
-    terms: Annotated[int, Field(ge=2)] = 3
-    largest: Annotated[int, Field(ge=1)] = 99
+    worked: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Share of the answers that show their steps; the others are the result alone."""
+    terms: Annotated[int, Field(ge=2)] = 6
+    largest: Annotated[int, Field(ge=1)] = 5
     """Terms are whole numbers from 0 to this one."""
 
 
@@ -39,26 +41,23 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        rest = "".join(f" {operator} {term}" for operator, term in zip(self.operators, self.terms[1:], strict=True))
-        return f"{self.terms[0]}{rest} ="
+        return " ".join([str(self.terms[0]), *(f"{operator} {term}" for operator, term in self._steps), "="])
 
     @property
-    def result(self) -> int:
-        return self._totals[-1]
+    def totals(self) -> list[int]:
+        """After each term, from left to right."""
+        signed = [self.terms[0], *(term if operator == "+" else -term for operator, term in self._steps)]
+        return list(accumulate(signed))
+
+    def answer(self, *, worked: bool) -> str:
+        """One line a step where it is worked, and the result."""
+        steps = zip(self.totals, self._steps, self.totals[1:], strict=False)
+        lines = [f"\n{before} {operator} {term} = {after}" for before, (operator, term), after in steps]
+        return "".join([*(lines if worked else ()), f"\n#### {self.totals[-1]}"])
 
     @property
-    def response(self) -> str:
-        """One line a step, from left to right, then the result."""
-        steps = zip(self._totals, self.operators, self.terms[1:], self._totals[1:], strict=False)
-        lines = [f"{before} {operator} {term} = {after}" for before, operator, term, after in steps]
-        return "".join(f"\n{line}" for line in [*lines, f"#### {self.result}"])
-
-    @property
-    def _totals(self) -> list[int]:
-        totals = [self.terms[0]]
-        for operator, term in zip(self.operators, self.terms[1:], strict=True):
-            totals.append(totals[-1] + (term if operator == "+" else -term))
-        return totals
+    def _steps(self) -> list[tuple[str, int]]:
+        return list(zip(self.operators, self.terms[1:], strict=True))
 
 
 def problems(options: ArithmeticOptions, seed: int) -> Iterator[Problem]:
@@ -83,14 +82,15 @@ def problems(options: ArithmeticOptions, seed: int) -> Iterator[Problem]:
 
 def write_problems(_: Sequence[Path], folder: Path, options: ArithmeticOptions, seed: int, say: Say) -> dict[str, Any]:
     splits = {"solved": options.solved, "unsolved": options.unsolved, "heldout": options.heldout}
-    made = problems(options, seed)
+    made, rng = problems(options, seed), Random(f"worked/{seed}")
     with writing(folder) as outputs:
         for split, number in splits.items():
+            prefix = "heldout_" if split == "heldout" else ""
             for problem in islice(made, number):
-                prefix = "heldout_" if split == "heldout" else ""
                 if split != "unsolved":
-                    outputs.add(f"{prefix}sft", {"prompt": problem.prompt, "response": problem.response})
+                    answer = problem.answer(worked=rng.random() < options.worked)
+                    outputs.add(f"{prefix}sft", {"prompt": problem.prompt, "response": answer})
                 if split != "solved":
-                    outputs.add(f"{prefix}prompts", {"prompt": problem.prompt, "answer": str(problem.result)})
+                    outputs.add(f"{prefix}prompts", {"prompt": problem.prompt, "answer": str(problem.totals[-1])})
     total = sum(splits.values())
     return {"read": total, "kept": total, "dropped": {}, "splits": splits}

@@ -220,7 +220,7 @@ KINDS = {
         ),
         Kind(
             "arithmetic",
-            "sums with worked answers that end in a number, as GSM8K's do, made here",
+            "sums with answers that end in a number, as GSM8K's do, some of them worked step by step, made here",
             Source(""),
             "none needed: numbers drawn by a program",
             ArithmeticOptions,
