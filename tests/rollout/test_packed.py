@@ -86,8 +86,8 @@ def test_the_active_adapters_are_added_in(settings: dict[str, Any]) -> None:
 
 def test_every_fp32_layer_is_packed_once_and_for_few_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, ...]] = []
-    product = module._product
-    monkeypatch.setattr(module, "_product", lambda *given: made.append(tuple(given[0].shape)) or product(*given))
+    product = module.product
+    monkeypatch.setattr(module, "product", lambda *given: made.append(tuple(given[0].shape)) or product(*given))
     network = Network()
     with torch.no_grad(), packed(network):
         network(torch.randn(module.MOST_ROWS + 1, WIDTHS[0]))

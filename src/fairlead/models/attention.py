@@ -233,7 +233,7 @@ def forest_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary tables may have widened them under autocast
     if forest is None:
-        return _decode(query, key, value, attention_mask, scaling, sliding_window, softcap).transpose(1, 2), None
+        return decode(query, key, value, attention_mask, scaling, sliding_window, softcap).transpose(1, 2), None
     way = _way(forest, value, dropout)
     how: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
     if way == "flex":
@@ -252,7 +252,7 @@ def forest_attention(
     return out.transpose(1, 2), None
 
 
-def _decode(
+def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -261,7 +261,8 @@ def _decode(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Against a cache, whose keys the queries end."""
+    """Against a cache, whose keys the queries end: [B, heads, T, D], keys as in `forest_attention` -> [B, heads, T,
+    D]."""
     if window is not None and mask is not None:
         ages = torch.arange(key.shape[2] - 1, -1, -1, device=key.device)
         offsets = torch.arange(query.shape[2] - 1, -1, -1, device=key.device)

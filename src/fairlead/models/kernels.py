@@ -58,9 +58,9 @@ def patch(model: nn.Module, kernels: Kernels) -> None:
         offset = _norm_offset(type(module))
         if offset is not None:
             _bind(module, functools.partial(_norm_forward, kernels, offset))
-        elif _is_gated_mlp(module):
+        elif is_gated_mlp(module):
             _bind(module, functools.partial(_mlp_forward, kernels))
-        elif _takes_rotary(type(module)):
+        elif takes_rotary(type(module)):
             module.forward = types.MethodType(_with_rotary(type(module), kernels), module)
 
 
@@ -142,7 +142,7 @@ def _norm(states: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 # --- gated MLPs ---
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
+def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module's forward is, byte for byte, down(act(gate(x)) * up(x)), with an activation known here."""
     if type(getattr(module, "act_fn", None)).__name__ not in ACTIVATIONS:
         return False
@@ -195,7 +195,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 @functools.cache
-def _takes_rotary(kind: type[nn.Module]) -> bool:
+def takes_rotary(kind: type[nn.Module]) -> bool:
     """Whether a class's forward calls its file's rotary function, and that computes what ours does, found by trying."""
     function = getattr(sys.modules[kind.__module__], ROTARY, None)
     code = getattr(kind.forward, "__code__", None)
@@ -233,7 +233,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(states, cos, sin)
+        return turned(states, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -246,7 +246,7 @@ class _Rotary(torch.autograd.Function):
         return out, None, None
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = states.shape[-1] // 2
     out = states * cos
     out[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
@@ -258,7 +258,7 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     """``q`` [B, heads, T, D], ``k`` [B, key heads, T, D], ``cos``, ``sin`` [B, T, D]."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if not torch.is_grad_enabled():
-        return _turned(q, cos, sin), _turned(k, cos, sin)
+        return turned(q, cos, sin), turned(k, cos, sin)
     return cast(Any, _Rotary).apply(q, cos, sin), cast(Any, _Rotary).apply(k, cos, sin)
 
 

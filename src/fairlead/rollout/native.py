@@ -7,7 +7,7 @@ of the distribution drawn from, in fp32, at the sampling temperature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fairlead.models.roles import Models
 from fairlead.ops.sampling import kept_tokens, sample_tokens, stream_key, token_uniforms
 from fairlead.rollout.cache import survivors
 from fairlead.rollout.draws import Response, cuts, limits, rollout, shaped
+from fairlead.rollout.lean import lean
 from fairlead.rollout.packed import packed
 from fairlead.rollout.reader import Reader
 from fairlead.rollout.stops import Stops
@@ -91,7 +92,10 @@ def decoding(models: Models, role: str) -> Iterator[Any]:
         was_training = network.training
         network.eval()
         try:
-            with packed(network) if models._autocast is None else nullcontext():
+            with ExitStack() as stack:
+                if models._autocast is None:
+                    stack.enter_context(lean(network))
+                    stack.enter_context(packed(network))
                 yield network
         finally:
             network.train(was_training)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Product = Callable[[Tensor], Tensor]
+
 MOST_ROWS = 256
 """Above, the usual product is as fast."""
 MOST_BYTES = 1 << 31
@@ -27,15 +29,21 @@ LARGE, LARGE_FOR_FEW, FEW = 1 << 23, 1 << 19, 16
 def packed(network: Any) -> Iterator[None]:
     """Inside, the network's linear layers serve few rows from copies of their weights, made when first needed. Weights
     must not change meanwhile."""
-    changed = [module for module in network.modules() if _is_packable(module)]
+    with replaced({module: _FewRows(module) for module in network.modules() if is_packable(module)}, network):
+        yield
+
+
+@contextmanager
+def replaced(forwards: dict[Any, Any], network: Any) -> Iterator[None]:
+    """Inside, modules of a network that is not too large to be copied have other forward functions."""
     if sum(p.numel() * p.element_size() for p in network.parameters()) > MOST_BYTES:
-        changed = []
-    for module in changed:
-        module.forward = _FewRows(module)
+        forwards = {}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for module in changed:
+        for module in forwards:
             del module.forward
 
 
@@ -44,18 +52,18 @@ class _FewRows:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._plain = module, module.forward
-        self._product: Callable[[Tensor], Tensor] | None = None
+        self._kept: Product | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
         rows = states.numel() // states.shape[-1]
         if rows > MOST_ROWS or (states.dim() > 2 and states.shape[-2] > 1):  # prompts
             return self._plain(states)
-        if self._product is None:
-            self._product = _product(*_weights(self._module), rows)
-        return self._product(states)
+        if self._kept is None:
+            self._kept = product(*weights_of(self._module), rows)
+        return self._kept(states)
 
 
-def _is_packable(module: Any) -> bool:
+def is_packable(module: Any) -> bool:
     if "forward" in vars(module):
         return False
     layer = module.base_layer if hasattr(module, "lora_A") else module
@@ -68,7 +76,7 @@ def _is_packable(module: Any) -> bool:
     return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
 
 
-def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
+def weights_of(module: Any) -> tuple[Tensor, Tensor | None]:
     """[outputs, inputs] with the active adapters added in, and the bias."""
     layer = module.base_layer if hasattr(module, "lora_A") else module
     weight = layer.weight
@@ -79,7 +87,7 @@ def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
     return weight.t() if type(layer).__name__ == "Conv1D" else weight, layer.bias
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+def product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
     """states [..., inputs] -> states @ weight.T + bias; ``rows`` is how many there are at first."""
     if weight.numel() >= (LARGE if rows > FEW else LARGE_FOR_FEW) and _has_onednn():
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
