@@ -40,23 +40,21 @@ class NativeSampler:
         first_item: int = 0,
         num_samples: int = 1,
     ) -> list[Rollout]:
-        rollouts: list[Rollout] = []
         ids, stream, device = self._renderer.prompt_ids(prompts), stream_key(*key), self._models.device
-        number = len(prompts) * num_samples
+        # Prompts of like length together, so that little is padding.
+        order = sorted(range(len(prompts) * num_samples), key=lambda item: len(ids[item // num_samples]))
+        found: dict[int, Rollout] = {}
         with torch.no_grad(), decoding(self._models, self._role) as network:
-            for start in range(0, number, self._rows):
-                items = torch.arange(start, min(start + self._rows, number))
-                owner = items // num_samples
-                first, last = int(owner[0]), int(owner[-1])
-                reader = Reader(
-                    self._models, network, ids[first : last + 1], (owner - first).to(device), sampling.max_new_tokens
-                )
-                drawn = self._decode(reader, stream, (items + first_item * num_samples).to(device), sampling)
-                rollouts += [
-                    rollout(self._renderer, sampling, prompts[i], ids[i], response)
-                    for i, response in zip(owner.tolist(), drawn, strict=True)
-                ]
-        return rollouts
+            for start in range(0, len(order), self._rows):
+                items = order[start : start + self._rows]
+                asked = list(dict.fromkeys(item // num_samples for item in items))
+                owner = torch.tensor([asked.index(item // num_samples) for item in items], device=device)
+                reader = Reader(self._models, network, [ids[i] for i in asked], owner, sampling.max_new_tokens)
+                keyed = torch.tensor(items, device=device) + first_item * num_samples
+                for item, drawn in zip(items, self._decode(reader, stream, keyed, sampling), strict=True):
+                    i = item // num_samples
+                    found[item] = rollout(self._renderer, sampling, prompts[i], ids[i], drawn)
+        return [found[item] for item in range(len(order))]
 
     def _decode(self, reader: Reader, key: int, items: Tensor, sampling: Sampling) -> list[Response]:
         """A response for each of the items [R], in their order."""
