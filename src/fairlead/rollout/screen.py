@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
+from torch import Tensor
 
+from fairlead.config import Section
 from fairlead.config_file import suggest
 from fairlead.data.render import Renderer
 from fairlead.errors import ConfigError, TrainingError
@@ -125,6 +127,32 @@ def _parts(given: Any) -> tuple[str, dict[str, Any]]:
     if len(held) != 1:
         raise ValueError(f"a rule has one name, got {', '.join(held) or 'none'}")
     return next(iter(held.items()))
+
+
+class ScreenSettings(Section):
+    clean: tuple[CleanRule, ...] = ()
+    """What is done to each text: first_turn, strip, `module:function`, or a rule with its arguments."""
+    discard: tuple[DiscardRule, ...] = ("empty",)
+    """Which texts are never selected: empty, contains, too_short, too_long, repeats, code_fences, emojis, hashes,
+    `module:function`, or a rule with its arguments."""
+    max_empty: float = Field(default=0.5, gt=0, le=1)
+    """The run stops where of more than this share of a round's prompts all responses were discarded."""
+
+
+def share_empty(
+    known: Tensor, numbers: Sequence[int], settings: ScreenSettings, discarded: Mapping[str, float]
+) -> float:
+    """The share of prompts that have no response left: ``known`` [S] says which were not discarded, ``numbers`` of them
+    belong to each prompt. Raises TrainingError, with the shares of what was ``discarded`` by reason, where it is above
+    `max_empty`."""
+    empty = 1 - sum(bool(each.any()) for each in known.split(list(numbers))) / len(numbers)
+    if empty > settings.max_empty:
+        reasons = {reason: f"{share:.0%}" for reason, share in discarded.items()}
+        raise TrainingError(
+            f"all responses to {empty:.0%} of the round's prompts were discarded: {reasons}",
+            hint=f"look at what was discarded, or raise max_empty={settings.max_empty:g}",
+        )
+    return empty
 
 
 # --- what a round asks ---------------------------------------------------------------------------------------------

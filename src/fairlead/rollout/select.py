@@ -11,25 +11,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fairlead.config import Section
-from fairlead.errors import TrainingError
-from fairlead.rollout.screen import CleanRule, DiscardRule
+from fairlead.rollout.screen import ScreenSettings, share_empty
 
 
-class SelectSettings(Section):
+class SelectSettings(ScreenSettings):
     select: Literal["local", "top"] = "local"
     """local: the best of each prompt; top: the best of the whole round."""
     keep: int | None = Field(default=None, ge=1)
     """With select: local, how many of each prompt's responses; 1 when not given."""
     share: float | None = Field(default=None, gt=0, le=1)
     """With select: top, the share of all responses; as many as there are prompts when not given."""
-    clean: tuple[CleanRule, ...] = ()
-    """What is done to each text: first_turn, strip, `module:function`, or a rule with its arguments."""
-    discard: tuple[DiscardRule, ...] = ("empty",)
-    """Which texts are never selected: empty, contains, too_short, too_long, repeats, code_fences, emojis, hashes,
-    `module:function`, or a rule with its arguments."""
-    max_empty: float = Field(default=0.5, gt=0, le=1)
-    """The run stops where of more than this share of a round's prompts all responses were discarded."""
 
     @model_validator(mode="after")
     def _one_way(self) -> SelectSettings:
@@ -47,13 +38,7 @@ def select(
     one that was discarded; ``numbers`` of them belong to each prompt. Of equals the first is the better one. Raises
     TrainingError, with the shares of what was ``discarded`` by reason, where more than `max_empty` have none left."""
     known = ~keys.isnan()
-    empty = 1 - sum(bool(each.any()) for each in known.split(list(numbers))) / len(numbers)
-    if empty > settings.max_empty:
-        reasons = {reason: f"{share:.0%}" for reason, share in discarded.items()}
-        raise TrainingError(
-            f"all responses to {empty:.0%} of the round's prompts were discarded: {reasons}",
-            hint=f"look at what was discarded, or raise max_empty={settings.max_empty:g}",
-        )
+    empty = share_empty(known, numbers, settings, discarded)
     ranked = torch.where(known, keys, -torch.inf)
     if settings.select == "local":
         rows = torch.nn.utils.rnn.pad_sequence(list(ranked.split(list(numbers))), True, -torch.inf)
