@@ -34,7 +34,7 @@ from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
 from fairlead.training.patience import Patience
 from fairlead.training.precision import LossScale
-from fairlead.types import Algorithm, Observer, Sampling
+from fairlead.types import Algorithm, Observer, Rounds, Sampling, Source
 
 SAMPLE_TOKENS = 64
 
@@ -191,9 +191,9 @@ def _train(
         ]
     )
     console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
-    samples, note = _Samples(directory, stage, source.num_steps), BudgetNote(directory, stage.budget)
+    samples, note = _Samples(directory, stage), BudgetNote(directory, stage.budget)
     observers: list[Observer] = [log, console, samples, note, alarms, patience, checkpointer]
-    status = "failed"
+    status, ended = "failed", ""
     try:
         with stop_signals(checkpointer):
             run(
@@ -204,7 +204,7 @@ def _train(
                 observers,
                 clock,
                 seed=recipe.seed,
-                measure=_due(recipe, source.num_steps, measure),
+                measure=_due(recipe, source, measure),
                 scale=scale,
                 budget=stage.budget,
                 stop=lambda: patience.is_over,
@@ -213,6 +213,9 @@ def _train(
             _say(
                 f"{best} has not become better for {recipe.train.patience} evaluations: stopped after step {clock.step}"
             )
+        if isinstance(source, Rounds) and source.ended:
+            ended = source.ended
+            _say(f"{ended}: stopped after step {clock.step}")
         _save(directory, stage, checkpointer)
         status = "finished"
     except KeyboardInterrupt:
@@ -224,30 +227,30 @@ def _train(
     finally:
         for observer in observers:
             observer.close()
-        summary = _summary(directory, algorithm, clock, status)
+        summary = _summary(directory, algorithm, clock, status, ended)
         with contextlib.suppress(RunError):
             directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
 
 
-def _due(recipe: Recipe, num_steps: int, measure: Callable[[], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+def _due(recipe: Recipe, source: Source, measure: Callable[[], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+    """Asks for the number of steps anew each time: a source may end early."""
     every = recipe.train.eval_every
-    return lambda step: measure() if step in (0, num_steps) or (every is not None and step % every == 0) else {}
+    return lambda step: measure() if step in (0, source.num_steps) or (every is not None and step % every == 0) else {}
 
 
 class _Samples:
     """An observer that draws responses to a few prompts and keeps them in samples.jsonl."""
 
-    def __init__(self, directory: RunDirectory, stage: Stage, num_steps: int) -> None:
+    def __init__(self, directory: RunDirectory, stage: Stage) -> None:
         self._directory, self._stage = directory, stage
-        self._every = stage.recipe.train.sample_every or num_steps
         number = stage.recipe.train.num_samples if "policy" in stage.models.roles else 0
         self._prompts = sample_prompts(stage, number) if number else []
 
     def after_step(self, progress: Any) -> None:
-        if not self._prompts or progress.step % self._every:
-            return
         stage = self._stage
+        if not self._prompts or progress.step % (stage.recipe.train.sample_every or progress.num_steps):
+            return
         sampler = NativeSampler(stage.models, stage.renderer)
         sampling = Sampling(max_new_tokens=getattr(stage.settings, "max_new_tokens", SAMPLE_TOKENS))
         rollouts = sampler.generate(self._prompts, sampling=sampling, key=(stage.recipe.seed, "samples"))
@@ -319,8 +322,10 @@ def _refuse_finished(directory: RunDirectory) -> None:
         )
 
 
-def _summary(directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, status: str) -> dict[str, Any]:
-    """The last value of every metric."""
+def _summary(
+    directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, status: str, ended: str
+) -> dict[str, Any]:
+    """The last value of every metric, and why the run ``ended`` early where it did."""
     last: dict[str, float] = {}
     for row in directory.read_jsonl("metrics.jsonl"):
         last |= {name: value for name, value in row.items() if name not in ("step", "tokens", "seconds")}
@@ -328,6 +333,7 @@ def _summary(directory: RunDirectory, algorithm: Algorithm[Any], clock: Clock, s
         "stage": directory.path.name,
         "algorithm": algorithm.name,
         "status": status,
+        **({"ended": ended} if ended else {}),
         "steps": clock.step,
         "tokens": clock.tokens,
         "seconds": round(clock.seconds, 3),

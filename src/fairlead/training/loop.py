@@ -19,7 +19,7 @@ from fairlead.ops.sampling import stream_key
 from fairlead.training.budget import TokenBudget, is_out_of_memory
 from fairlead.training.optim import Optimizer
 from fairlead.training.precision import LossScale
-from fairlead.types import Mean, Metrics, Observer, Outputs, Pass, Progress, Source, TokenBatch
+from fairlead.types import Mean, Metrics, Observer, Outputs, Pace, Pass, Progress, Rounds, Source, TokenBatch
 
 
 @dataclass(slots=True)
@@ -86,7 +86,10 @@ def run(
         if scale is not None:
             scale.update(finite=finite)
             metrics |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
-        metrics["learning_rate"] = optimizer.step(clock.step) if finite else optimizer.skip()
+        pace = source.pace if isinstance(source, Rounds) else Pace()
+        if pace.fresh:
+            optimizer.forget()
+        metrics["learning_rate"] = optimizer.step(clock.step, pace.rate) if finite else optimizer.skip()
         clock.tokens += sum(batch.num_tokens for batch in micro_batches)
         metrics |= {"grad_norm": float(norm)} if finite else {}
         metrics |= source.after_step(metrics)

@@ -29,9 +29,10 @@ class Optimizer:
         ]
         self._torch = _torch_optimizer(section, [group for group in groups if group["params"]])
 
-    def step(self, step: int) -> float:
-        """Take optimizer step number ``step`` (from 1) and drop the gradients; returns the learning rate used."""
-        rate = self._section.learning_rate * learning_rate_factor(
+    def step(self, step: int, rate: float = 1.0) -> float:
+        """Take optimizer step number ``step`` (from 1) at ``rate`` times its scheduled learning rate, and drop the
+        gradients; returns the learning rate used."""
+        rate *= self._section.learning_rate * learning_rate_factor(
             step,
             self._num_steps,
             schedule=self._section.schedule,
@@ -43,6 +44,10 @@ class Optimizer:
         self._torch.step()
         self._torch.zero_grad(set_to_none=True)
         return rate
+
+    def forget(self) -> None:
+        """Drop all moments, as if no step had been taken."""
+        self._torch.state.clear()
 
     def skip(self) -> float:
         """Drop the gradients and change nothing; returns the learning rate of such a step, zero."""

@@ -13,7 +13,18 @@ order. A packed row holds many runs without parents; a preference pair is a prom
 
 from __future__ import annotations
 
-from fairlead.types.algorithm import Algorithm, Call, LossFn, Pass, Prepare, ReferenceUse, Source, Term
+from fairlead.types.algorithm import (
+    Algorithm,
+    Call,
+    LossFn,
+    Pace,
+    Pass,
+    Prepare,
+    ReferenceUse,
+    Rounds,
+    Source,
+    Term,
+)
 from fairlead.types.batches import (
     LabelledBatch,
     MixedBatch,
@@ -53,6 +64,7 @@ __all__ = [
     "MixedBatch",
     "Observer",
     "Outputs",
+    "Pace",
     "Pass",
     "Preference",
     "PreferenceBatch",
@@ -66,6 +78,7 @@ __all__ = [
     "Reward",
     "Rollout",
     "RolloutBatch",
+    "Rounds",
     "Sampler",
     "Sampling",
     "Scores",

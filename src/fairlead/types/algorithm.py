@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -79,6 +79,32 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the optimizer takes a step, where the source has a say in it."""
+
+    rate: float = 1.0
+    """Times the scheduled learning rate."""
+    fresh: bool = False
+    """It forgets its state first."""
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """A source that walks in rounds, each of which may begin the optimizer anew, and which may end before its planned
+    number of steps."""
+
+    @property
+    def pace(self) -> Pace:
+        """Of the step whose micro-batches came last."""
+        ...
+
+    @property
+    def ended(self) -> str:
+        """Why the run ends early, in words; empty where it does not."""
+        ...
 
 
 C = TypeVar("C")
