@@ -34,7 +34,9 @@ from fairlead.ops.preference import Divergence, divergence_score
 from fairlead.types import Algorithm, Call, Metrics, Outputs, Pass, Preference, PreferenceBatch, Term
 
 
-class Settings(LengthSettings):
+class LossSettings(LengthSettings):
+    """What the family's losses read, wherever their pairs come from."""
+
     loss: str | dict[str, float] = "sigmoid"
     """A loss by name, or several with their weights, {sigmoid: 1, sft: 0.5} say; docs/reference/preference-losses.md
     lists them. sft is the chosen responses' mean NLL a token."""
@@ -53,11 +55,6 @@ class Settings(LengthSettings):
     weighting: Literal["none", "wpo"] = "none"
     """wpo: a pair counts by how likely the policy is to have written it (WPO, Zhou et al. 2024)."""
     discopop_tau: float = Field(default=0.05, gt=0)
-    sync_every: int | None = Field(default=None, ge=1)
-    """Steps after which the reference is moved to the policy (TR-DPO, Gorbatovski et al. 2024); null: it never moves.
-    Costs a forward of the reference at every step."""
-    sync_mix: float = Field(default=1.0, gt=0, le=1)
-    """The policy's share in the moved reference; with adapters 1."""
     measure: tuple[Literal["entropy", "logits"], ...] = ()
     """More that is logged: entropy and mean logits a token; each costs time."""
 
@@ -66,7 +63,7 @@ class Settings(LengthSettings):
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
     @model_validator(mode="after")
-    def _go_together(self) -> Settings:
+    def _go_together(self) -> LossSettings:
         if not self.weights:
             raise ValueError("loss names none")
         for name in self.weights:
@@ -89,14 +86,22 @@ class Settings(LengthSettings):
         return self
 
 
-def rewards(outputs: Outputs, batch: PreferenceBatch, settings: Settings) -> Tensor:
+class Settings(LossSettings):
+    sync_every: int | None = Field(default=None, ge=1)
+    """Steps after which the reference is moved to the policy (TR-DPO, Gorbatovski et al. 2024); null: it never moves.
+    Costs a forward of the reference at every step."""
+    sync_mix: float = Field(default=1.0, gt=0, le=1)
+    """The policy's share in the moved reference; with adapters 1."""
+
+
+def rewards(outputs: Outputs, batch: PreferenceBatch, settings: LossSettings) -> Tensor:
     """What the losses take in the place of log-ratios [S]."""
     ratios = log_ratios(outputs, batch, settings)
     return divergence_score(ratios, settings.divergence, alpha=settings.divergence_alpha)
 
 
 def pair_loss(
-    outputs: Outputs, batch: PreferenceBatch, *, name: str, settings: Settings, measures: bool
+    outputs: Outputs, batch: PreferenceBatch, *, name: str, settings: LossSettings, measures: bool
 ) -> tuple[Tensor, Metrics]:
     """One loss of the family summed over pairs; unit ``pair``."""
     loss, ratios = LOSSES[name], rewards(outputs, batch, settings)
@@ -111,7 +116,7 @@ def pair_loss(
     return losses.sum(), pair_metrics(outputs, batch, settings.beta * ratios.detach()) if measures else {}
 
 
-def _offset(batch: PreferenceBatch, settings: Settings) -> Tensor | None:
+def _offset(batch: PreferenceBatch, settings: LossSettings) -> Tensor | None:
     """Added to beta times the difference of a pair [P]."""
     offset = None
     if settings.margin_coef and batch.margin is not None:
@@ -134,10 +139,12 @@ def _likely(outputs: Outputs, batch: PreferenceBatch) -> Tensor:
 _NEEDS = frozenset({"logprobs"})
 
 
-def prepare(call: Call, batches: Sequence[PreferenceBatch], *, settings: Settings) -> list[PreferenceBatch]:
+def prepare(
+    call: Call, batches: Sequence[PreferenceBatch], *, settings: LossSettings, moves: bool
+) -> list[PreferenceBatch]:
     """Fills in the log-probabilities of a reference that moves, and the statistics of the losses that couple the pairs
     of a step."""
-    if settings.sync_every is not None:
+    if moves:
         batches = [
             replace(batch, reference_logprobs=call(batch, _NEEDS, role="reference").logprobs.cpu()) for batch in batches
         ]
@@ -163,7 +170,7 @@ def prepare(call: Call, batches: Sequence[PreferenceBatch], *, settings: Setting
     return [replace(batch, statistics=each) for batch, each in zip(batches, found, strict=True)]
 
 
-def _couples(settings: Settings) -> bool:
+def _couples(settings: LossSettings) -> bool:
     return any(name in LOSSES and LOSSES[name].prepare is not None for name in settings.weights)
 
 
@@ -173,6 +180,11 @@ def _reference(batch: PreferenceBatch) -> Tensor:
 
 
 def passes(settings: Settings) -> tuple[Pass, ...]:
+    return (loss_pass(settings, moves=settings.sync_every is not None),)
+
+
+def loss_pass(settings: LossSettings, *, moves: bool = False, temperature: float = 1.0) -> Pass:
+    """``moves``: the reference follows the policy, and is asked at every step."""
     terms: list[Term] = []
     for name, weight in settings.weights.items():
         if name == "sft":
@@ -183,14 +195,13 @@ def passes(settings: Settings) -> tuple[Pass, ...]:
             terms.append(Term(name, "pair", fn, weight))
     needs = {"logprobs", *({"collision"} if settings.weighting == "wpo" else ())}
     needs |= {{"entropy": "entropy", "logits": "mean_logit"}[name] for name in settings.measure}
-    prepares = settings.sync_every is not None or _couples(settings)
-    return (
-        Pass(
-            "policy",
-            tuple(terms),
-            frozenset(needs),
-            prepare=partial(prepare, settings=settings) if prepares else None,
-        ),
+    prepares = moves or _couples(settings)
+    return Pass(
+        "policy",
+        tuple(terms),
+        frozenset(needs),
+        temperature,
+        prepare=partial(prepare, settings=settings, moves=moves) if prepares else None,
     )
 
 
