@@ -29,7 +29,18 @@ LAYERS = [
     {"report", "health", "planning"},
     {"assemble", "manifest", "runner"},
     {"evaluation", "inspection"},
-    {"cli", "pipeline", "pipeline_file", "sweep", "demo", "migration", "studio", "__main__"},
+    {
+        "cli",
+        "cli_samples",
+        "pipeline",
+        "pipeline_file",
+        "pipeline_verbs",
+        "sweep",
+        "demo",
+        "migration",
+        "studio",
+        "__main__",
+    },
 ]
 """Imports point down: a room imports itself and rooms of layers above it in this list."""
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fairlead.cli_samples import AsJson, Settings, generate, score, select
+from fairlead.cli_samples import print_result as _print
 from fairlead.errors import ConfigError, FairleadError
 
 app = typer.Typer(
@@ -20,8 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Takes a language model and preferences and returns an aligned model.",
 )
-Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings, for example seed=1")]
-AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+for verb in (generate, score, select):
+    app.command()(verb)
 
 
 @app.command()
@@ -201,30 +203,6 @@ def evaluate(
 
 
 @app.command()
-def score(
-    run: Annotated[str, typer.Argument(help="a finished run that scores, or a folder of such a model")],
-    file: Annotated[str, typer.Argument(help="demonstrations, pairs, labelled answers or rankings")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data.format, .columns, .limit, model.device")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="file to write, .jsonl; without one the rows go to stdout")] = None,
-    min_score: Annotated[float | None, typer.Option(help="keep rows that score at least this")] = None,
-    top_share: Annotated[float | None, typer.Option(help="keep the best rows: this share of them, above 0")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score the answers of a data file and write its rows out with their scores, all of them or the best."""
-    from fairlead.evaluation.score import describe, score_file
-
-    result = score_file(run, file, settings or [], out=out, min_score=min_score, top_share=top_share)
-    if as_json or out is not None:
-        _print(result, as_json, f"{out}: {describe(result)}")
-        return
-    for row in result["rows"]:
-        print(json.dumps(row, default=str))
-    print(describe(result), file=sys.stderr)
-
-
-@app.command()
 def merge(
     run: Annotated[str, typer.Argument(help="a finished run, or an adapter: a folder or a hub id")],
     out: Annotated[Path, typer.Option(help="folder to write")],
@@ -310,10 +288,6 @@ def _named(text: str) -> tuple[str, str]:
     if not equals:
         raise typer.BadParameter(f"{text!r}: write NAME=RUN or NAME=module:function")
     return name, value
-
-
-def _print(value: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(value, indent=2, default=str) if as_json else text)
 
 
 def _indented(settings: dict[str, Any]) -> str:

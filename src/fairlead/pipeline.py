@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import inspect
 import json
 import re
 import shutil
@@ -19,17 +18,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fairlead.config_file import suggest
-from fairlead.config_resolve import ResolvedRecipe
-from fairlead.errors import ConfigError, FairleadError, Interrupted, RunError
-from fairlead.pipeline_file import INPUTS, Pipeline, Stage, nest, read_pipeline, require_inputs
+from fairlead.errors import FairleadError, Interrupted, RunError
+from fairlead.pipeline_file import INPUTS, Pipeline, Stage, read_pipeline, require_inputs
+from fairlead.pipeline_verbs import VERBS, page, read_json
 from fairlead.tracking import RunDirectory, file_sha256, tree_sha256
 
 MARKER = ".stage.json"
@@ -82,7 +79,7 @@ def run_pipeline(
     except OSError as error:
         raise RunError(f"cannot create {directory.path}: {error.strerror}", "choose another directory=...") from error
     with directory.lock():
-        for leftover in directory.path.glob(".*.removing"):
+        for leftover in (*directory.path.glob(".*.removing"), *directory.path.glob("*/*/.*.removing")):
             shutil.rmtree(leftover, ignore_errors=True)
         directory.write_text("pipeline.yaml", yaml.safe_dump(pipeline.content, sort_keys=False, allow_unicode=True))
         return _run(pipeline, tasks, directory, say)
@@ -103,10 +100,11 @@ def _run(
             summary["stages"][stage.name] = {"verb": stage.verb, "status": status, "seconds": marker["seconds"]}
             summary["seconds"] = round(summary["seconds"] + marker["seconds"], 3)
             if stage.verb == "evaluate":
-                for run, metrics in _read_json(stage.folder / "metrics.json").items():
-                    summary.setdefault("models", {}).setdefault(run, {"metrics": {}})["metrics"] |= metrics
+                place = "" if stage.round is None else f"{stage.name.rpartition('/')[0]}/"
+                for run, metrics in read_json(stage.folder / "metrics.json").items():
+                    summary.setdefault("models", {}).setdefault(place + run, {"metrics": {}})["metrics"] |= metrics
             if stage.verb == "cross_validate":
-                summary.setdefault("crossval", {})[stage.name] = _read_json(stage.folder / "crossval.json")
+                summary.setdefault("crossval", {})[stage.name] = read_json(stage.folder / "crossval.json")
     except BaseException as error:
         summary["status"] = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
         with suppress(RunError):  # what went wrong first is what counts
@@ -122,7 +120,7 @@ def _do(
 ) -> tuple[str, dict[str, Any]]:
     """Do a stage, or see that it is done. Returns ran, continued or skipped, and its marker."""
     stage, run = task.stage, RunDirectory(task.stage.folder)
-    inputs, before = _digest(task, markers), _read_json(stage.folder / MARKER)
+    inputs, before = _digest(task, markers), read_json(stage.folder / MARKER)
     unchanged = before.get("inputs") == inputs
     if unchanged and before["output"] and before["output"] == _output(stage):
         say("unchanged, skipped")
@@ -130,7 +128,8 @@ def _do(
     continues = unchanged and not before["output"] and _can_continue(task)
     if not continues:
         _discard(stage, made_here=bool(before) and not stage.folder.is_symlink())
-    status = "continued" if continues and any(run.path.glob("**/checkpoints/step-*")) else "ran"
+    begun = [*run.path.glob("**/checkpoints/step-*"), *run.path.parent.glob(f".{stage.result.name}.*/")]
+    status = "continued" if continues and begun else "ran"
     why = "continuing, " if status == "continued" else "changed, again: " if before and not unchanged else ""
     say(f"{why}{stage.verb} {_title(stage.subject)}")
     marker = {"format_version": FORMAT_VERSION, "verb": stage.verb, "inputs": inputs, "output": None}
@@ -168,100 +167,9 @@ def _task(stage: Stage) -> _Task:
     """A stage with its settings resolved. Raises ConfigError for what its verb does not take or lacks, DataError for a
     file that is missing."""
     with _named(stage):
-        settings, call = _VERBS[stage.verb](stage)
-        require_inputs(settings, stage.folder.parent)
+        settings, call = VERBS[stage.verb](stage)
+        require_inputs(settings, stage.home)
         return _Task(stage, settings, call)
-
-
-_Resolved = tuple[dict[str, Any], Callable[[], Any]]
-"""Every setting with its value, and what is to be done."""
-
-
-def _prepare(stage: Stage) -> _Resolved:
-    from fairlead.data.prepare import KINDS, check_options, prepare
-
-    settings = nest(stage.settings)
-    own = ("path", "text", "seed")
-    check_options(stage.subject, {key: value for key, value in settings.items() if key not in own})
-    fixed: dict[str, Any] = {"kind": stage.subject, "out": stage.folder}
-    if KINDS[stage.subject].find is None:  # made here: there is no path to give
-        fixed["path"] = None
-    return {"prepare": stage.subject, **settings}, _bind(prepare, settings, **fixed)
-
-
-def _train(stage: Stage) -> _Resolved:
-    run = {"run.name": stage.name, "run.directory": str(stage.folder.parent)}
-    resolved = _resolve(stage.subject, stage.settings | run)
-    return resolved.as_dict(), partial(_run_stage, resolved, RunDirectory(stage.folder))
-
-
-def _cross_validate(stage: Stage) -> _Resolved:
-    from fairlead.evaluation import cross_validate
-
-    own = {key: stage.settings[key] for key in ("folds", "learning_curve") if key in stage.settings}
-    resolved = _resolve(stage.subject, {key: value for key, value in stage.settings.items() if key not in own})
-    return {**resolved.as_dict(), **own}, partial(cross_validate, resolved, out=stage.folder, **own)
-
-
-def _evaluate(stage: Stage) -> _Resolved:
-    from fairlead.evaluation import evaluate
-
-    home, settings = stage.folder.parent, nest(stage.settings)
-    reference = {"reference": home / settings["reference"]} if settings.get("reference") else {}
-    measure = _bind(evaluate, settings | reference, runs=[home / run for run in stage.subject])
-    keep = RunDirectory(stage.folder).write_json
-    return {"evaluate": stage.subject, **settings}, lambda: keep("metrics.json", measure())
-
-
-def _report(stage: Stage) -> _Resolved:
-    from fairlead.report import build_report
-
-    settings = nest(stage.settings)
-    runs = [stage.folder.parent / run for run in stage.subject]
-    return {"report": stage.subject, **settings}, _bind(build_report, settings, runs=runs, out=_page(stage))
-
-
-_VERBS: dict[str, Callable[[Stage], _Resolved]] = {
-    "prepare": _prepare,
-    "train": _train,
-    "cross_validate": _cross_validate,
-    "evaluate": _evaluate,
-    "report": _report,
-}
-
-
-def _resolve(recipe: Any, settings: Mapping[str, Any]) -> ResolvedRecipe:
-    """The recipe, with data and a model to train."""
-    from fairlead.runner import resolve
-
-    resolved = resolve(recipe, settings)
-    data, model = resolved.recipe.data, resolved.recipe.model
-    for key, is_given in (("data.path", data.path), ("model.path", model.path or model.scratch)):
-        if not is_given:
-            raise ConfigError(f"{key} is not given", hint=f"add {key} to the stage")
-    return resolved
-
-
-def _bind(function: Callable[..., Any], settings: dict[str, Any], **fixed: Any) -> Callable[[], Any]:
-    """A call of ``function``; what it does not take, or lacks, is an error now and not in an hour."""
-    parameters = inspect.signature(function).parameters.values()
-    known = {p.name: p.default for p in parameters if p.name not in fixed and p.kind is not p.VAR_KEYWORD}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for key in settings:
-        if key in fixed or (key not in known and not takes_any):
-            raise ConfigError(f"no setting {key!r}", hint=suggest(key, known))
-    for key, default in known.items():
-        if default is inspect.Parameter.empty and settings.get(key) is None:
-            raise ConfigError(f"{key} is not given", hint=f"add {key} to the stage")
-    return partial(function, **fixed, **settings)
-
-
-def _run_stage(resolved: ResolvedRecipe, run: RunDirectory) -> None:
-    """Train, or continue; a run that was finished when the pipeline was killed is left as it is."""
-    from fairlead.runner import run_stage
-
-    if _read_json(run.summary).get("status") != "finished" or not run.model.is_dir():
-        run_stage(resolved, folder=run.path)
 
 
 @contextmanager
@@ -285,7 +193,7 @@ def _digest(task: _Task, markers: Mapping[str, Mapping[str, Any]]) -> str:
     stage, is_report = task.stage, task.stage.verb == "report"
     # Where a run stands and who watches it do not change its result.
     settings = {key: value for key, value in task.settings.items() if key not in ("run", "tracking")}
-    folders = {str(stage.folder.parent / name): f"${{{name}}}" for name in stage.upstream}
+    folders = {str(stage.home / name): f"${{{name}}}" for name in stage.upstream}
     content = {
         "verb": stage.verb,
         "settings": _identity(settings, "", folders),
@@ -303,7 +211,7 @@ def _identity(value: Any, key: str, folders: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
     for folder, reference in folders.items():
-        value = re.sub(rf"{re.escape(folder)}(?=/|$)", reference, value)
+        value = re.sub(rf"{re.escape(folder)}(?=/|$|\.jsonl$)", reference, value)
     if key not in (*INPUTS, "algorithm") and "/" not in value:
         return value
     path = Path(value)
@@ -335,11 +243,11 @@ def _output(stage: Stage) -> str | None:
         "prepare": sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")]),
         "cross_validate": [folder / "crossval.json"],
         "evaluate": [folder / "metrics.json"],
-        "report": [_page(stage)],
-    }[stage.verb]
+        "report": [page(stage)],
+    }.get(stage.verb, [stage.result])
     found = [*files]
     if stage.verb == "evaluate":  # reports read what it left with the runs, where a later evaluation may replace it
-        found += [folder.parent / run / "evaluation" / "metrics.json" for run in stage.subject]
+        found += [stage.home / run / "evaluation" / "metrics.json" for run in stage.subject]
     if not files or not all(file.is_file() for file in found):
         return None
     hashes = "".join(f"{file.name}\0{file_sha256(file)}\n" for file in files)
@@ -350,7 +258,7 @@ def _can_continue(task: _Task) -> bool:
     """Whether an unfinished run takes its own files up again: it compares the recipe and its inputs, paths and all."""
     run, settings = RunDirectory(task.stage.folder), task.settings
     if task.stage.verb == "cross_validate":
-        recipe = _read_json(run.path / "plan.json").get("recipe", {})
+        recipe = read_json(run.path / "plan.json").get("recipe", {})
         return all(settings[key] == value for key, value in recipe.items())
     if task.stage.verb != "train" or not run.recipe.exists():
         return True
@@ -358,7 +266,7 @@ def _can_continue(task: _Task) -> bool:
     from fairlead.manifest import fingerprints
     from fairlead.runner import resolve
 
-    inputs = _read_json(run.manifest).get("inputs")
+    inputs = read_json(run.manifest).get("inputs")
     same_recipe = yaml.safe_load(run.recipe.read_text("utf-8")) == settings
     return same_recipe and inputs in (None, fingerprints(resolve(settings).recipe, Given()))
 
@@ -371,9 +279,13 @@ def _discard(stage: Stage, *, made_here: bool) -> None:
         # A prepared folder without a marker is a kill's leftover or a stranger: `prepare` tells them apart.
         if stage.verb != "prepare" and (present or (folder.exists() and not folder.is_dir())):
             raise RunError(f"{folder} was not made by this pipeline", "move it away, or choose another name=...")
+        if stage.result.is_file():
+            raise RunError(f"{stage.result} was not made by this pipeline", "move it away, or choose another name=...")
         return
     trash = folder.with_name(f".{folder.name}.removing")
     try:
+        if stage.result != folder:
+            stage.result.unlink(missing_ok=True)
         with RunDirectory(folder).lock():
             folder.rename(trash)
         shutil.rmtree(trash)
@@ -381,20 +293,7 @@ def _discard(stage: Stage, *, made_here: bool) -> None:
         raise RunError(f"cannot remove {folder}: {error.strerror}", "remove it and run again") from error
 
 
-def _page(stage: Stage) -> Path:
-    return stage.folder.with_suffix(".html")
-
-
 def _title(subject: Any) -> str:
     if isinstance(subject, Mapping):
         return str(subject.get("algorithm"))
     return ", ".join(subject) if isinstance(subject, list) else str(subject)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where it is missing or torn."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

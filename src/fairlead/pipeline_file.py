@@ -14,9 +14,17 @@ from fairlead.config_resolve import flatten
 from fairlead.data.sources import format_of, require
 from fairlead.errors import ConfigError
 
-VERBS = ("prepare", "train", "cross_validate", "evaluate", "report")
+VERBS = ("prepare", "train", "cross_validate", "evaluate", "report", "generate", "score", "select")
+WRITES_FILE = ("generate", "score", "select")
+"""Verbs whose result is one file and not a folder."""
+SEEDLESS = ("report", "score", "select")
 OWN_KEYS = ("name", "directory", "seed", "stages")
-INPUTS = ("path", "eval_path", "text", "tokenizer", "reward", "watch", "prompts", "pairs", "demonstrations", "scores")
+ROUND_VALUES = ("previous", "round")
+"""What a repeated stage may refer to besides: the last stage of the time before, and the number of the time."""
+INPUTS = (
+    *("path", "eval_path", "text", "tokenizer", "reward", "watch", "prompts", "pairs", "demonstrations", "scores"),
+    *WRITES_FILE,
+)
 """Settings that name files, folders or functions: the last part of their key, or a part before it."""
 _FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".xml")
 _NO_FILES = ("function", "rule", "url")
@@ -37,7 +45,19 @@ class Stage:
     """The other keys, dotted; references are replaced."""
     upstream: tuple[str, ...]
     """The earlier stages whose results it reads."""
-    folder: Path
+    home: Path
+    """The pipeline's folder."""
+    round: int | None = None
+    """Of a stage that is repeated: which time this is, from 0."""
+
+    @property
+    def folder(self) -> Path:
+        return self.home / self.name
+
+    @property
+    def result(self) -> Path:
+        """What `${name}` stands for: the folder, or the file beside it."""
+        return self.folder.with_suffix(".jsonl") if self.verb in WRITES_FILE else self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +85,12 @@ def read_pipeline(
     if not isinstance(specs, dict) or not specs:
         raise ConfigError(f"{place}: a pipeline needs stages", hint="stages: {sft: {train: sft, data.path: ...}}")
 
-    def located(name: str) -> str:
-        line = lines.get(f"stages.{name}")
-        return f"{place}, stage {name!r}" if line is None else f"{place}:{line}, stage {name!r}"
+    def located(*names: str) -> str:
+        line = lines.get("stages." + ".stages.".join(map(str, names)))
+        told = f"stage {'/'.join(map(str, names))!r}"
+        return f"{place}, {told}" if line is None else f"{place}:{line}, {told}"
 
-    for name, spec in specs.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (*raw, *OWN_KEYS):
-            raise ConfigError(
-                f"{located(name)}: not the name of a stage",
-                hint="letters, digits, - and _, and no section of the file bears the same name",
-            )
-        if not isinstance(spec, dict):
-            raise ConfigError(f"{located(name)}: a mapping was expected, got {spec!r}")
+    _check(specs, raw, located)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in pairs:
         _override(raw, key, _plain(value))
@@ -88,9 +102,36 @@ def read_pipeline(
         raise ConfigError(f"{place}: seed must be a whole number from 0, got {seed!r}")
     folder = Path(folder or Path(str(raw.get("directory", "runs"))) / name)
     stages: list[Stage] = []
-    for stage_name in specs:
-        stages.append(_stage(stage_name, raw, folder, stages, located(stage_name)))
+    scope = _Scope({key: value for key, value in raw.items() if key != "stages"}, {}, tuple(specs))
+    for stage_name, spec in specs.items():
+        if "repeat" in spec:
+            stages += _repeated(stage_name, spec, scope, folder, located)
+        else:
+            stages.append(_stage(stage_name, spec, scope, folder, located(stage_name)))
+        scope.earlier[stage_name] = stages[-1]
     return Pipeline(name, folder, tuple(stages), raw)
+
+
+def _check(specs: Mapping[Any, Any], raw: Mapping[str, Any], located: Callable[..., str]) -> None:
+    """Raises ConfigError for names and specifications of stages that are none, those repeated included."""
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (*raw, *OWN_KEYS, *ROUND_VALUES):
+            raise ConfigError(
+                f"{located(name)}: not the name of a stage",
+                hint="letters, digits, - and _, and no section of the file bears the same name",
+            )
+        if not isinstance(spec, dict):
+            raise ConfigError(f"{located(name)}: a mapping was expected, got {spec!r}")
+        if "repeat" in spec:
+            inner = spec.get("stages")
+            if spec.keys() != {"repeat", "start", "stages"} or not isinstance(inner, dict) or not inner:
+                raise ConfigError(
+                    f"{located(name)}: repeat, start and stages were expected, got {', '.join(map(str, spec))}",
+                    hint="{repeat: 3, start: ${sft}, stages: {...}}; ${previous} is the last stage of the time before",
+                )
+            if any("repeat" in each for each in inner.values() if isinstance(each, dict)):
+                raise ConfigError(f"{located(name)}: a repeat inside a repeat", hint="put its stages one after another")
+            _check(inner, raw, lambda *names, name=name: located(name, *names))
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,13 +182,7 @@ def _override(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set a value of the file, or a setting of one of its stages."""
     stages, (first, *rest) = raw["stages"], key.split(".")
     if first == "stages" and rest:
-        if rest[0] not in stages:
-            raise ConfigError(f"{key}: there is no stage {rest[0]!r}", hint=suggest(rest[0], stages))
-        if len(rest) == 1:
-            raise ConfigError(f"{key} names a whole stage", hint=f"write {key}.SETTING=value")
-        spec, setting = stages[rest[0]], ".".join(rest[1:])
-        spec.pop(setting, None)  # what stands last wins, over a nested spelling too
-        spec[setting] = value
+        _override_stage(stages, key, rest, value)
         return
     *parents, last = first, *rest
     target: Any = raw
@@ -160,15 +195,62 @@ def _override(raw: dict[str, Any], key: str, value: Any) -> None:
     target[last] = value
 
 
-def _stage(name: str, raw: dict[str, Any], folder: Path, earlier: Sequence[Stage], place: str) -> Stage:
-    spec = dict(raw["stages"][name])
+def _override_stage(stages: dict[str, Any], key: str, rest: Sequence[str], value: Any) -> None:
+    name, *setting = rest
+    if name not in stages:
+        raise ConfigError(f"{key}: there is no stage {name!r}", hint=suggest(name, stages))
+    if not setting:
+        raise ConfigError(f"{key} names a whole stage", hint=f"write {key}.SETTING=value")
+    spec = stages[name]
+    if "repeat" in spec and setting[0] == "stages" and len(setting) > 1:
+        _override_stage(spec["stages"], key, setting[1:], value)
+        return
+    spec.pop(".".join(setting), None)  # what stands last wins, over a nested spelling too
+    spec[".".join(setting)] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What a stage may refer to."""
+
+    values: dict[str, Any]
+    """Those of the file."""
+    earlier: dict[str, Stage]
+    """By the names they have here."""
+    all: tuple[str, ...]
+    """Names of stages, also of those that are not done before it."""
+
+
+def _repeated(
+    name: str, spec: Mapping[str, Any], scope: _Scope, home: Path, located: Callable[..., str]
+) -> list[Stage]:
+    """The stages of every time, `NAME/000/STAGE`, each from the last one of the time before."""
+    times = _replace(spec["repeat"], _lookup(scope, {}, located(name)))
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise ConfigError(f"{located(name)}: repeat must be a whole number from 1, got {times!r}")
+    stages: list[Stage] = []
+    for number in range(times):
+        values = {**scope.values, "round": number, **({} if stages else {"previous": spec["start"]})}
+        previous = {"previous": stages[-1]} if stages else {}
+        inner = _Scope(values, scope.earlier | previous, (*scope.all, *spec["stages"]))
+        for stage_name, own in spec["stages"].items():
+            full, place = f"{name}/{number:03d}/{stage_name}", located(name, stage_name)
+            stages.append(_stage(full, own, inner, home, place, number))
+            inner.earlier[stage_name] = stages[-1]
+    return stages
+
+
+def _stage(
+    name: str, given: Mapping[str, Any], scope: _Scope, home: Path, place: str, number: int | None = None
+) -> Stage:
+    spec = dict(given)
     verbs, first = [verb for verb in VERBS if verb in spec], str(next(iter(spec), ""))
     if not verbs:
         raise ConfigError(f"{place} has no verb; its first key is {first!r}", hint=suggest(first, VERBS))
     if len(verbs) > 1:
         raise ConfigError(f"{place} has two verbs: {' and '.join(verbs[:2])}", hint="one stage does one thing")
     verb, upstream = verbs[0], dict[str, None]()
-    lookup = _lookup(raw, folder, [stage.name for stage in earlier], upstream, place)
+    lookup = _lookup(scope, upstream, place)
     subject = _replace(spec.pop(verb), lookup)
     settings: dict[str, Any] = {}
     for key, value in flatten(spec).items():
@@ -177,25 +259,38 @@ def _stage(name: str, raw: dict[str, Any], folder: Path, earlier: Sequence[Stage
             raise _null(place, value[2:-1])
     settings = flatten(settings)
     if verb in ("evaluate", "report"):
-        subject = subject if isinstance(subject, list) and subject else [subject]
-        runs = [stage.name for stage in earlier if stage.verb == "train"]
-        for run in subject:
-            if run not in runs:
-                raise ConfigError(f"{place}: {run!r} is no earlier train stage", hint=suggest(str(run), runs))
-        key, known = ("reference", runs) if verb == "evaluate" else ("before", subject)
-        if settings.get(key) not in (None, *known):
-            got = settings[key]
-            raise ConfigError(f"{place}: {key}={got!r} is none of the runs", hint=suggest(str(got), [*map(str, known)]))
-        upstream |= dict.fromkeys(run for run in [*subject, settings.get(key)] if run is not None)
+        subject = _runs(verb, subject, settings, scope, place)
+        own = settings.get("reference") if verb == "evaluate" else None
+        upstream |= dict.fromkeys([*subject, *([own] if own else [])])
     if verb == "report":  # it shows what the evaluations found
-        upstream |= {stage.name: None for stage in earlier if stage.verb == "evaluate"}
-    elif raw.get("seed") is not None and not (isinstance(subject, Mapping) and "seed" in subject):
-        settings.setdefault("seed", raw["seed"])
+        upstream |= {stage.name: None for stage in scope.earlier.values() if stage.verb == "evaluate"}
+    seed = scope.values.get("seed")
+    if verb not in SEEDLESS and seed is not None and not (isinstance(subject, Mapping) and "seed" in subject):
+        settings.setdefault("seed", seed)
+    if verb == "generate" and number is not None:
+        settings.setdefault("round", number)
     if verb == "train" and any(key.split(".")[0] == "run" for key in settings):
         raise ConfigError(
             f"{place}: the run bears the stage's name", hint="name=... and directory=... place a pipeline"
         )
-    return Stage(name, verb, subject, settings, tuple(upstream), folder / name)
+    return Stage(name, verb, subject, settings, tuple(upstream), home, number)
+
+
+def _runs(verb: str, subject: Any, settings: dict[str, Any], scope: _Scope, place: str) -> list[str]:
+    """The full names of the runs that are evaluated or reported; that of the one they are set against is put into the
+    settings."""
+    asked: list[Any] = subject if isinstance(subject, list) and subject else [subject]
+    runs = {name: stage.name for name, stage in scope.earlier.items() if stage.verb == "train"}
+    for run in asked:
+        if run not in list(runs):
+            raise ConfigError(f"{place}: {run!r} is no earlier train stage", hint=suggest(str(run), runs))
+    key, known = ("reference", list(runs)) if verb == "evaluate" else ("before", asked)
+    got = settings.get(key)
+    if got not in (None, *known):
+        raise ConfigError(f"{place}: {key}={got!r} is none of the runs", hint=suggest(str(got), known))
+    if got is not None:
+        settings[key] = runs[got] if verb == "evaluate" else runs[got].rpartition("/")[2]
+    return [runs[run] for run in asked]
 
 
 def _replace(value: Any, lookup: Callable[[str, bool], Any]) -> Any:
@@ -210,18 +305,15 @@ def _replace(value: Any, lookup: Callable[[str, bool], Any]) -> Any:
     return lookup(whole[1], True) if whole else _REFERENCE.sub(lambda match: str(lookup(match[1], False)), value)
 
 
-def _lookup(
-    raw: dict[str, Any], folder: Path, earlier: Sequence[str], upstream: dict[str, None], place: str
-) -> Callable[[str, bool], Any]:
-    """What a reference stands for: a stage's folder, which is noted in ``upstream``, or a value of the file."""
-    stages = list(raw["stages"])
-    values = {key: value for key, value in raw.items() if key != "stages"}
+def _lookup(scope: _Scope, upstream: dict[str, None], place: str) -> Callable[[str, bool], Any]:
+    """What a reference stands for: a stage's result, which is noted in ``upstream``, or a value of the file."""
+    values = scope.values
 
     def find(name: str, whole: bool, trail: tuple[str, ...] = ()) -> Any:
-        if name in earlier:
-            upstream[name] = None
-            return str(folder / name)
-        if name in stages:
+        if (stage := scope.earlier.get(name)) is not None:
+            upstream[stage.name] = None
+            return str(stage.result)
+        if name in scope.all:
             raise ConfigError(
                 f"{place} refers to {name!r}, which is not done before it", hint="a stage stands below those it needs"
             )
@@ -232,7 +324,7 @@ def _lookup(
             if not isinstance(found, Mapping) or part not in found:
                 raise ConfigError(
                     f"{place} refers to {name!r}, which is nothing in this file",
-                    hint=suggest(name, [*earlier, *flatten(values)]),
+                    hint=suggest(name, [*scope.earlier, *flatten(values)]),
                 )
             found = found[part]
         found = _replace(found, lambda inner, is_whole: find(inner, is_whole, (*trail, name)))

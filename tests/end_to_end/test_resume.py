@@ -39,8 +39,8 @@ def _final(folder: Path) -> dict[str, bytes]:
     files["metrics"] = json.dumps(kept).encode()
     for name in ("samples.jsonl", "eval_prompts.jsonl"):
         files[name] = (folder / name).read_bytes() if (folder / name).exists() else b""
-    for path in sorted((folder / "rollouts").glob("round-*.safetensors")):
-        files[path.name] = path.read_bytes()
+    for path in sorted((folder / "rounds").rglob("*.*")):
+        files[str(path.relative_to(folder))] = path.read_bytes()
     return files
 
 
@@ -91,8 +91,8 @@ def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, extra: dict[st
     command, run = _command(algorithm, tmp_path / "killed", data, extra), tmp_path / "killed" / algorithm
     _kill_when(command, lambda: (run / "checkpoints" / "step-000003" / "manifest.json").exists())
     if algorithm == "ppo" and not extra:  # once more in the middle of a rollout: a chunk of the second round is sampled
-        _kill_when(command, lambda: (run / "rollouts" / "round-000001" / "chunk-000.json").exists())
-        assert not (run / "rollouts" / "round-000001.json").exists()
+        _kill_when(command, lambda: (run / "rounds" / "001" / "chunk-000.json").exists())
+        assert not (run / "rounds" / "001" / "round.json").exists()
     _finish(command)
     whole, killed = _final(tmp_path / "whole" / algorithm), _final(run)
     assert whole.keys() == killed.keys()

@@ -65,8 +65,8 @@ def test_the_chain_runs_from_paths_and_each_stage_reads_the_one_before(tmp_path:
         manifest = json.loads((result.path / "manifest.json").read_text())
         assert manifest["inputs"]["model.path"]["path"] == str(sft.path)
     assert "reward" in json.loads((ppo.path / "manifest.json").read_text())["inputs"]
-    assert (ppo.path / "rollouts" / "round-000000.safetensors").is_file()
-    assert not list((ppo.path / "rollouts").glob("*/"))
+    assert (ppo.path / "rounds" / "000" / "round.safetensors").is_file()
+    assert not list((ppo.path / "rounds").glob("*/chunk-*"))
     assert load_causal(str(dpo.path / "model"), torch.float32).num_parameters() == sft.model.num_parameters()
 
 

@@ -77,14 +77,14 @@ def test_each_alarm_is_raised_once_until_all_is_well_again(
 
 def test_an_alarm_shows_a_sample_of_the_newest_round_with_what_each_reward_says(tmp_path: Path) -> None:
     directory = _directory(tmp_path)
-    (directory.path / "rollouts").mkdir()
-    for number, text in enumerate(("old", "####")):
+    for number, text in ((999, "old"), (1000, "####")):
         row: dict[str, Any] = {"prompt": "p", "response": text, "score": 1.5, "scores": {"a": 1.0, "rule:length": 0.5}}
-        (directory.path / "rollouts" / f"round-00000{number}.jsonl").write_text(json.dumps(row) + "\n")
+        (directory.rounds / str(number)).mkdir(parents=True)
+        (directory.rounds / str(number) / "scored.jsonl").write_text(json.dumps(row) + "\n")
     _told(Alarms(directory, lambda _: None), [SOUND | {"objective/scores_std": 0.0}])
     message = json.loads(directory.alarms.read_text())["message"]
     assert "every response of the round scores 0.4" in message
-    assert message.endswith("For example: '####' (a 1, rule:length 0.5; round-000001.jsonl)")
+    assert message.endswith("For example: '####' (a 1, rule:length 0.5; round 1000)")
 
 
 def test_a_continued_run_raises_what_an_uninterrupted_one_would(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_function_of_ones_own_and_what_it_may_do_wrong(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "my_rules", module)
     screen = open_screen(_renderer(), ["my_rules:shout"], [])
     assert screen is not None and screen([_rollout("so")])[0][0].text == "SO"
-    for rule, said in (("broken", "raised AttributeError.*'so'"), ("number", "gave a int for 'so'")):
+    for rule, said in (("broken", "raised AttributeError.*'so'"), ("number", "gave a int for sample 0, 'so'")):
         screen = open_screen(_renderer(), [f"my_rules:{rule}"], [])
         assert screen is not None
         with pytest.raises(TrainingError, match=said):

@@ -37,6 +37,8 @@ def tensors() -> dict[str, Tensor]:
 
 
 ROWS = [{"prompt": "one", "score": 0.5}, {"prompt": "zwölf\n", "score": -1.0}]
+TEXTS = {"samples": [{"prompt": "one"}], "scored": ROWS}
+FILES = ["round.json", "round.safetensors", "samples.jsonl", "scored.jsonl"]
 
 
 # --- chunks --------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_a_finished_round_comes_back_bit_for_bit_and_its_chunks_go(tmp_path: Pat
     store = RolloutStore(tmp_path)
     store.chunk(3, 0, PROMPTS, rollouts)
     assert not store.has(3)
-    digest = store.save(3, tensors(), ROWS)
+    digest = store.save(3, tensors(), TEXTS)
     assert store.has(3)
     assert not store.has(4)
     found, again = RolloutStore(tmp_path).load(3)
@@ -95,8 +97,8 @@ def test_a_finished_round_comes_back_bit_for_bit_and_its_chunks_go(tmp_path: Pat
     for name, value in tensors().items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
-    assert sorted(os.listdir(tmp_path)) == ["round-000003.json", "round-000003.jsonl", "round-000003.safetensors"]
-    lines = (tmp_path / "round-000003.jsonl").read_text("utf-8").splitlines()
+    assert sorted(os.listdir(tmp_path / "003")) == FILES
+    lines = (tmp_path / "003" / "scored.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == ROWS
     assert "zwölf" in lines[1]
 
@@ -104,11 +106,11 @@ def test_a_finished_round_comes_back_bit_for_bit_and_its_chunks_go(tmp_path: Pat
 def test_the_hash_is_that_of_the_tensors_alone(tmp_path: Path) -> None:
     store, changed = RolloutStore(tmp_path), tensors()
     changed["ids"][0] += 1
-    digests = [store.save(0, tensors(), ROWS), store.save(1, tensors(), []), store.save(2, changed, ROWS)]
+    digests = [store.save(0, tensors(), TEXTS), store.save(1, tensors(), {}), store.save(2, changed, TEXTS)]
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".jsonl"])
+@pytest.mark.parametrize("name", ["round.safetensors", "samples.jsonl", "scored.jsonl"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -120,22 +122,31 @@ def test_the_hash_is_that_of_the_tensors_alone(tmp_path: Path) -> None:
     ids=["a bit", "cut", "longer", "gone"],
 )
 def test_a_round_whose_file_was_changed_is_an_error_that_names_it(
-    tmp_path: Path, suffix: str, change: Callable[[Path], object]
+    tmp_path: Path, name: str, change: Callable[[Path], object]
 ) -> None:
     store = RolloutStore(tmp_path)
     for number in (0, 1):
-        store.save(number, tensors(), ROWS)
-    change(tmp_path / f"round-000000{suffix}")
-    with pytest.raises(CheckpointError, match=rf"round-000000\{suffix} was changed after it was written\nhint: "):
+        store.save(number, tensors(), TEXTS)
+    change(tmp_path / "000" / name)
+    with pytest.raises(CheckpointError, match=rf"000/{name} was changed after it was written\nhint: "):
         store.load(0)
     store.load(1)
+
+
+def test_the_scored_rows_that_are_kept_get_a_file_of_their_own(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.save(0, tensors(), TEXTS)
+    store.select(0, [False, True])
+    found = (tmp_path / "000" / "selected.jsonl").read_text("utf-8")
+    assert [json.loads(line) for line in found.splitlines()] == [ROWS[1]]
+    store.load(0)
 
 
 def test_text_that_is_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
     store, broken = RolloutStore(tmp_path), dataclasses.replace(rollouts()[0], text="cut \ud83d")
     store.chunk(0, 0, PROMPTS[:1], lambda: [broken])
     assert store.chunk(0, 0, PROMPTS[:1], refuse) == [broken]
-    store.save(0, tensors(), [{"response": "cut \ud83d"}])
+    store.save(0, tensors(), {"scored": [{"response": "cut \ud83d"}]})
     store.load(0)
 
 
@@ -156,28 +167,28 @@ def test_a_full_disk_leaves_no_chunk_that_could_be_taken_for_a_whole_one(
             CheckpointError, match=r"chunk-000\.json could not be written: .*No space.*\nhint: make room"
         ):
             store.chunk(0, 0, PROMPTS, rollouts)
-    assert os.listdir(tmp_path / "round-000000") == []
+    assert os.listdir(tmp_path / "000") == []
     assert store.chunk(0, 0, PROMPTS, rollouts) == rollouts()
 
 
-@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("written", range(len(FILES)))
 def test_a_round_is_final_only_when_all_its_files_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    store, calls = RolloutStore(tmp_path), iter(range(3))
+    store, calls = RolloutStore(tmp_path), iter(range(len(FILES)))
     store.chunk(0, 0, PROMPTS, rollouts)
     with monkeypatch.context() as patch:
         patch.setattr(store_module.os, "fsync", lambda number: full(number) if next(calls) == written else None)
         with pytest.raises(CheckpointError, match="could not be written"):
-            store.save(0, tensors(), ROWS)
+            store.save(0, tensors(), TEXTS)
     assert not store.has(0)
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert not [name for name in os.listdir(tmp_path / "000") if name.startswith(".")]
     assert store.chunk(0, 0, PROMPTS, refuse) == rollouts()
-    digest = store.save(0, tensors(), ROWS)
+    digest = store.save(0, tensors(), TEXTS)
     assert store.load(0)[1] == digest
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
-        RolloutStore(tmp_path / "file").save(0, tensors(), ROWS)
+        RolloutStore(tmp_path / "file").save(0, tensors(), TEXTS)

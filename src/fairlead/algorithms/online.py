@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -16,7 +16,6 @@ from fairlead.algorithms.policy import PolicySettings
 from fairlead.algorithms.rounds import Estimator, RolloutSource
 from fairlead.algorithms.shaping import Shaper, ShapingSettings
 from fairlead.algorithms.stage import Stage
-from fairlead.config import Section
 from fairlead.errors import ConfigError
 from fairlead.ops.kl import k1
 from fairlead.rollout.engines import open_sampler
@@ -31,12 +30,13 @@ from fairlead.rollout.experience import (
 )
 from fairlead.rollout.rewards import open_reward
 from fairlead.rollout.rewards.settings import RewardSource
+from fairlead.rollout.settings import DrawSettings
 from fairlead.rollout.store import RolloutStore
 from fairlead.tracking.run_directory import RunDirectory
-from fairlead.types import Prompt, Reward, Rollout, Sampling
+from fairlead.types import Prompt, Reward, Rollout
 
 
-class SamplingSettings(Section):
+class SamplingSettings(DrawSettings):
     reward: RewardSource | None = None
     """A reward run or folder, a classifier of transformers, `module:function` with trlX's signature (samples, prompts,
     outputs, **columns), `rule:NAME`, a URL, or a list of such with weights."""
@@ -44,25 +44,8 @@ class SamplingSettings(Section):
     """More rewards by name, measured on the held-out prompts and never optimised."""
     rollout_size: int = Field(default=128, ge=1)
     """Prompts of one round."""
-    rollout_rows: int = Field(default=64, ge=1)
-    """Responses decoded together; also the prompts of one saved chunk."""
-    num_samples: int = Field(default=1, ge=1)
-    """Responses to each prompt of a round."""
     epochs: int = Field(default=4, ge=1)
     """Passes over each round's responses; train.batch_size prompts, with all their responses, are a minibatch."""
-    engine: Literal["native", "generate", "vllm"] = "native"
-    """What samples: Fairlead's own engine, transformers' generate (the slow reference), or vLLM."""
-    max_new_tokens: int = Field(default=64, ge=1)
-    shortest_limit: int | None = Field(default=None, ge=1)
-    """Each response has a limit of its own, drawn evenly from here to max_new_tokens."""
-    min_new_tokens: int = Field(default=0, ge=0)
-    """The end of sequence cannot be drawn before; log-probabilities and KL are of what could be drawn."""
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int = Field(default=0, ge=0)
-    """0: the whole vocabulary. Log-probabilities and KL are of the tokens kept."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: tuple[str, ...] = ()
-    """Texts that end a response where they first occur."""
     num_eval_prompts: int = Field(default=64, ge=1)
     """Held-out prompts sampled at each evaluation."""
     eval_prompts: tuple[str, ...] = ()
@@ -71,27 +54,6 @@ class SamplingSettings(Section):
     """Responses to each prompt at an evaluation."""
     eval_temperature: float | None = Field(default=None, gt=0)
     """Another temperature at evaluation."""
-
-    @model_validator(mode="after")
-    def _sampling_goes_together(self) -> SamplingSettings:
-        limit = self.max_new_tokens if self.shortest_limit is None else self.shortest_limit
-        if limit > self.max_new_tokens:
-            raise ValueError(f"shortest_limit={limit} is above max_new_tokens={self.max_new_tokens}")
-        if self.min_new_tokens > limit:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens} is above the shortest limit, {limit}")
-        return self
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.max_new_tokens,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_new_tokens,
-            self.shortest_limit,
-            self.stop,
-        )
 
 
 class OnlineSettings(PolicySettings, ShapingSettings, SamplingSettings):
@@ -125,7 +87,7 @@ def collecting(stage: Stage, **more: Any) -> tuple[list[Prompt], Collector]:
         reward=the_reward(stage),
         models=stage.models,
         renderer=stage.renderer,
-        store=RolloutStore(stage.folder / "rollouts"),
+        store=RolloutStore(stage.folder / "rounds"),
         sampling=settings.sampling,
         num_samples=settings.num_samples,
         seed=stage.recipe.seed,

@@ -23,6 +23,7 @@ from fairlead.data.render import Tree
 from fairlead.errors import CheckpointError, TrainingError
 from fairlead.ops.sampling import permutation, stream_key
 from fairlead.rollout.experience import Collector, Experience
+from fairlead.rollout.samples import round_prompts
 from fairlead.types import Prompt, TokenBatch
 
 EMPTY_ROUNDS = 10
@@ -108,20 +109,22 @@ class RolloutSource:
         return self._remake()
 
     def _begin(self, number: int) -> _Round:
-        experience, digest = self._collector.collect(number, self._round_prompts(number))
+        prompts = round_prompts(self._prompts, self._round_size, number, self._stage.recipe.seed)
+        experience, digest = self._collector.collect(number, prompts)
         if self._position and digest != self._digest:
             raise CheckpointError(f"round {number} of the rollouts is not the one the checkpoint was made with")
         self._digest = digest
         shaped = self._shaper(experience)
         estimate = self._estimate(experience, shaped)
         keep = torch.ones(len(experience.scores), dtype=torch.bool) if estimate.keep is None else estimate.keep
+        if estimate.keep is not None:
+            self._collector.store.select(number, keep.tolist())
         kept: Any = keep.view(-1, experience.num_samples).any(1).nonzero()[:, 0]
-        prompts: list[int] = kept.tolist()
         seconds = {f"performance/seconds_{phase}": taken for phase, taken in self._collector.seconds.items()}
         metrics = measured(experience) | shaped.metrics | dict(estimate.metrics) | seconds
         if not self._position:
             self._metrics |= metrics
-        return _Round(number, experience, estimate, prompts, metrics)
+        return _Round(number, experience, estimate, kept.tolist(), metrics)
 
     def _minibatch(self, current: _Round, position: int) -> list[TokenBatch]:
         epoch, index = divmod(position, math.ceil(len(current.prompts) / self._batch_size))
@@ -154,18 +157,6 @@ class RolloutSource:
         responses, keep = range(prompt * number, (prompt + 1) * number), current.estimate.keep
         chosen = [i for i in responses if keep is None or bool(keep[i])]
         return Tree(tree.prompt, tuple(tree.responses[i - prompt * number] for i in chosen)), chosen
-
-    def _round_prompts(self, number: int) -> list[Prompt]:
-        """The next prompts of an endless walk, each epoch of it in its own keyed order."""
-        count, chosen = len(self._prompts), list[Prompt]()
-        at = number * self._round_size
-        while len(chosen) < self._round_size:
-            epoch, position = divmod(at, count)
-            order = permutation(stream_key(self._stage.recipe.seed, "prompts", epoch), count)
-            part = order[position : position + self._round_size - len(chosen)]
-            chosen += [self._prompts[i] for i in part]
-            at += len(part)
-        return chosen
 
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         too_far = self._target_kl is not None and metrics["policy/approx_kl"] > self._target_kl

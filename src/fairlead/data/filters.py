@@ -343,7 +343,7 @@ def refuse_unlearnable(renderer: Renderer, records: Sequence[Any]) -> None:
                 f"every token of all {len(records)} records is masked: there is nothing to learn",
                 hint="look at them with `fairlead inspect`; data.loss_on and data.template say what is learned",
             )
-        case "endless":
+        case "endless" if any(getattr(record, "finished", True) for record in records):
             raise DataError(
                 f"no response of {len(records)} records ends: each is cut at data.max_length={renderer.max_length}, "
                 "so the model would never learn to stop",

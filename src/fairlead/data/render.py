@@ -175,7 +175,9 @@ class Renderer:
             else:
                 if not draft.prompt:
                     prompt = self._bos or (self._text_end,)
-                tree = self._limited(record, prompt, mask, list(map(self._ended, responses)), counts)
+                is_cut = isinstance(record, Demonstration) and not record.finished
+                whole = [tuple(ids) if is_cut else self._ended(ids) for ids in responses]
+                tree = self._limited(record, prompt, mask, whole, counts)
             if tree is not None:
                 trees.append(tree)
                 kept.append(index)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fairlead.config import Section
-from fairlead.config_file import parse_override, suggest
-from fairlead.config_resolve import load_recipe
 from fairlead.data.answers import Answers, read_answers
 from fairlead.data.formats import Format
 from fairlead.data.sources import Counts, Row, write_jsonl
 from fairlead.errors import ConfigError, DataError
+from fairlead.evaluation.asked import asked, require_jsonl
 from fairlead.evaluation.evaluate import finished_run
+from fairlead.evaluation.score_samples import are_samples, score_samples
 from fairlead.models.load import pick_device
 from fairlead.rollout.rewards import ModelReward, open_model
 
@@ -77,8 +77,13 @@ def score_file(
 
     Returns ``read``, ``kept``, ``dropped`` by reason, ``notes``, ``formats`` and what the scores were; the rows are
     written to ``out`` as JSON Lines, whole or not at all, or else stand in ``rows``. The rows are held in memory for
-    ``top_share`` and without ``out``. Raises ConfigError, DataError, ModelError and RunError.
+    ``top_share`` and without ``out``. A file of samples is scored by any reward, as `score_samples` says. Raises
+    ConfigError, DataError, ModelError and RunError.
     """
+    if are_samples(data):
+        if (min_score, top_share) != (None, None):
+            raise ConfigError("min-score and top-share choose no samples", hint="fairlead select keeps the best")
+        return score_samples(reward, data, settings, out=out)
     recipe = _settings(settings, out, min_score, top_share)
     tally = _Tally()
     given = recipe.data
@@ -124,17 +129,12 @@ def describe(result: dict[str, Any]) -> str:
 
 def _settings(settings: Sequence[str], out: str | Path | None, min_score: float | None, top_share: float | None) -> Any:
     """The recipe of the settings. Raises ConfigError for what has no meaning here."""
-    for key in (parse_override(setting)[0] for setting in settings):
-        if key not in SETTINGS and not key.startswith("data.columns."):
-            raise ConfigError(f"{key} is no setting of score", hint=suggest(key, SETTINGS))
     if min_score is not None and not math.isfinite(min_score):
         raise ConfigError(f"min-score must be a number, got {min_score}")
     if top_share is not None and not 0 < top_share <= 1:
         raise ConfigError(f"top-share must be above 0 and at most 1, got {top_share:g}")
-    if out is not None and (Path(out).is_dir() or Path(out).suffix not in (".jsonl", ".ndjson")):
-        what = "is a folder" if Path(out).is_dir() else "is not the name of a file of JSON Lines"
-        raise ConfigError(f"{out} {what}", hint="scored rows are written as JSON Lines: give FILE.jsonl")
-    return load_recipe({"algorithm": "score"}, settings, settings_of=lambda _: ("score", Section)).recipe
+    require_jsonl(out)
+    return asked("score", settings, Section, SETTINGS)
 
 
 def _scored(

@@ -42,7 +42,7 @@ class Alarms:
                 seen.append(value)
 
     def _raise(self, step: int, name: str, message: str) -> None:
-        if sample := _newest_sample(self._directory.path / "rollouts"):
+        if sample := _newest_sample(self._directory.rounds):
             message = f"{message}. For example: {sample}"
         self._directory.append("alarms.jsonl", [{"step": step, "alarm": name, "message": message}])
         self._say(f"alarm at step {step}: {name}: {message}")
@@ -59,11 +59,11 @@ class Alarms:
 
 def _newest_sample(folder: Path) -> str:
     """The first response of the newest round, with its score; of several rewards with each one's."""
-    rounds = sorted(folder.glob("round-*.jsonl"))
+    rounds = sorted(folder.glob("*/scored.jsonl"), key=lambda path: int(path.parent.name))
     if not rounds:
         return ""
     with rounds[-1].open(encoding="utf-8", errors="surrogatepass") as file:
         row = json.loads(file.readline())
     scores = row.get("scores") or {"score": row["score"]}
     told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    return f"{row['response'][:120]!r} ({told}; {rounds[-1].name})"
+    return f"{row['response'][:120]!r} ({told}; round {rounds[-1].parent.name})"

@@ -35,7 +35,7 @@ COMMON = {
     "train.group_name": Rule(note="W&B reads WANDB_RUN_GROUP from the environment"),
     "train.tags": Rule(note="W&B reads WANDB_TAGS from the environment"),
     "train.logging_dir": Rule(note="trackers write into the run's folder"),
-    "train.rollout_logging_dir": Rule(note="every round is kept in the run's rollouts/"),
+    "train.rollout_logging_dir": Rule(note="every round is kept in the run's rounds/"),
     "train.save_best": Rule(
         note="the best checkpoint is always kept; train.save_best=true makes it the final model", silent=(False,)
     ),

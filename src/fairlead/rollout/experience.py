@@ -6,9 +6,7 @@ when a run continues in the middle of a round.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +18,8 @@ from torch import Tensor
 
 from fairlead.data.pack import by_response, micro_batches, token_batch
 from fairlead.data.render import Renderer, Tree
-from fairlead.errors import TrainingError
 from fairlead.models.roles import Models
+from fairlead.rollout.samples import prompt_rows, sample_rows, score_kept, scored_rows, shares_of
 from fairlead.rollout.screen import Screen
 from fairlead.rollout.store import RolloutStore
 from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling, Scores, Support
@@ -130,16 +128,27 @@ class Collector:
         self.seconds.clear()
         if not self.store.has(round_number):
             with self._timed("sampling"):
-                rollouts = self._sample(round_number, prompts)
+                rollouts = self.store.sample(
+                    self.sampler,
+                    round_number,
+                    prompts,
+                    sampling=self.sampling,
+                    num_samples=self.num_samples,
+                    seed=self.seed,
+                    rows=self.rows,
+                )
+            samples = sample_rows(rollouts, self.num_samples, self.renderer)
+            texts = {"prompts": prompt_rows(prompts), "samples": samples}
             reasons: list[str | None] = [None] * len(rollouts)
             if self.screen is not None:
                 rollouts, reasons = self.screen(rollouts)
             with self._timed("scoring"):
-                scores = self._scored(rollouts, reasons)
+                scores = score_kept(self.reward, rollouts, reasons)
             with self._timed("measuring"):
                 experience = self.measure(rollouts, scores)
-            experience.measured.update(_shares(reasons))
-            self.store.save(round_number, experience.tensors(), self._rows(rollouts, scores, reasons))
+            experience.measured.update(shares_of(reasons))
+            texts["scored"] = list(scored_rows(samples, rollouts, scores, reasons))
+            self.store.save(round_number, experience.tensors(), texts)
         tensors, digest = self.store.load(round_number)
         return Experience.from_tensors(tensors), digest
 
@@ -148,56 +157,6 @@ class Collector:
         started = time.monotonic()
         yield
         self.seconds[phase] = time.monotonic() - started
-
-    def _sample(self, round_number: int, prompts: Sequence[Prompt]) -> list[Rollout]:
-        rollouts: list[Rollout] = []
-        key = (self.seed, "rollout", round_number)
-        for number, start in enumerate(range(0, len(prompts), self.rows)):
-            part = prompts[start : start + self.rows]
-
-            def sample(part: Sequence[Prompt] = part, start: int = start) -> list[Rollout]:
-                return self.sampler.generate(
-                    part, sampling=self.sampling, key=key, first_item=start, num_samples=self.num_samples
-                )
-
-            asked = [prompt for prompt in part for _ in range(self.num_samples)]
-            rollouts += self.store.chunk(round_number, number, asked, sample)
-        return rollouts
-
-    def _scored(self, rollouts: Sequence[Rollout], reasons: Sequence[str | None]) -> Scores:
-        """Scores of what was not discarded; of what was, nan. Raises TrainingError where nothing is left."""
-        left = [i for i, reason in enumerate(reasons) if reason is None]
-        if not left:
-            raise TrainingError(
-                f"all {len(rollouts)} responses of the round were discarded: {dict(Counter(reasons))}, the first of "
-                f"them {rollouts[0].text[:200]!r}",
-                hint="look at what discards them, and at a sample of the policy",
-            )
-        scores = self.reward([rollouts[i] for i in left])
-        if len(left) == len(rollouts):
-            return scores
-
-        def spread(values: Sequence[float]) -> tuple[float, ...]:
-            whole = [math.nan] * len(rollouts)
-            for i, value in zip(left, values, strict=True):
-                whole[i] = value
-            return tuple(whole)
-
-        return Scores(spread(scores.values), parts={name: spread(values) for name, values in scores.parts.items()})
-
-    def _rows(self, rollouts: Sequence[Rollout], scores: Scores, reasons: Sequence[str | None]) -> list[dict[str, Any]]:
-        """The round for people."""
-        return [
-            {
-                "prompt": self.renderer.prompt_text(rollout.prompt),
-                "response": rollout.text,
-                "finished": rollout.finished,
-                "score": None if reasons[i] else scores.values[i],
-                **({"discarded": reasons[i]} if reasons[i] else {}),
-                **({"scores": {name: values[i] for name, values in scores.parts.items()}} if scores.parts else {}),
-            }
-            for i, rollout in enumerate(rollouts)
-        ]
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Experience:
         """Log-probabilities of policy and reference, entropy and values, one forward a trunk."""
@@ -226,15 +185,6 @@ class Collector:
         )
         experience.tokens.update(measured)
         return experience
-
-
-def _shares(reasons: Sequence[str | None]) -> dict[str, float]:
-    """Of all responses, those discarded, and by which reason."""
-    counts = Counter(reason for reason in reasons if reason is not None)
-    if not counts:
-        return {}
-    shares = {f"discarded/{reason}": number / len(reasons) for reason, number in sorted(counts.items())}
-    return {"discarded": sum(counts.values()) / len(reasons), **shares}
 
 
 def trees_of(rollouts: Sequence[Rollout], num_samples: int) -> list[Tree]:

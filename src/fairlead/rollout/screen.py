@@ -166,10 +166,10 @@ def open_screen(renderer: Renderer, clean: Sequence[Rule], discard: Sequence[Rul
     the end of sequence; no sampler drew it. Raises ConfigError for a function that cannot be imported."""
     if not clean and not discard:
         return None
-    cleaners, judges = [_open(rule, CLEAN) for rule in clean], [_open(rule, DISCARD) for rule in discard]
+    cleaners, judge = [_open(rule, CLEAN) for rule in clean], open_judge(discard)
 
     def screen(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[str | None]]:
-        texts = [_cleaned(rollout, cleaners) for rollout in rollouts]
+        texts = [_cleaned(i, rollout.text, cleaners) for i, rollout in enumerate(rollouts)]
         changed = [i for i, rollout in enumerate(rollouts) if texts[i] != rollout.text]
         ids = renderer.response_ids([(rollouts[i].prompt, texts[i]) for i in changed])
         screened = list(rollouts)
@@ -183,9 +183,15 @@ def open_screen(renderer: Renderer, clean: Sequence[Rule], discard: Sequence[Rul
                 kept=None,
                 banned=None,
             )
-        return screened, [_reason(rollout, judges) for rollout in screened]
+        return screened, [judge(i, rollout.text) for i, rollout in enumerate(screened)]
 
     return screen
+
+
+def open_judge(discard: Sequence[Rule]) -> Callable[[int, str], str | None]:
+    """The number of a sample and its text -> the first of the rules that discards it, or none."""
+    judges = [_open(rule, DISCARD) for rule in discard]
+    return lambda number, text: next((name for name, rule in judges if _called(name, rule, number, text)), None)
 
 
 Opened = tuple[str, Callable[[str], Any]]
@@ -206,24 +212,22 @@ def _open(rule: Rule, rules: Mapping[str, Callable[..., Any]]) -> Opened:
     return name, lambda text: made(text, **arguments)
 
 
-def _cleaned(rollout: Rollout, cleaners: Sequence[Opened]) -> str:
-    text = rollout.text
+def _cleaned(number: int, given: str, cleaners: Sequence[Opened]) -> str:
+    text = given
     for name, clean in cleaners:
-        text = _called(name, clean, text)
+        text = _called(name, clean, number, text)
         if not isinstance(text, str):
-            raise TrainingError(f"the rule {name} gave a {type(text).__name__} for {rollout.text[:200]!r}, not a text")
+            raise TrainingError(
+                f"the rule {name} gave a {type(text).__name__} for sample {number}, {given[:200]!r}, not a text"
+            )
     return text
 
 
-def _reason(rollout: Rollout, judges: Sequence[Opened]) -> str | None:
-    return next((name for name, judge in judges if _called(name, judge, rollout.text)), None)
-
-
-def _called(name: str, function: Callable[[str], Any], text: str) -> Any:
+def _called(name: str, function: Callable[[str], Any], number: int, text: str) -> Any:
     try:
         return function(text)
     except Exception as error:
         raise TrainingError(
-            f"the rule {name} raised {type(error).__name__}: {error}, for the response {text[:200]!r}",
+            f"the rule {name} raised {type(error).__name__}: {error}, for sample {number}, the response {text[:200]!r}",
             hint="mend the function; the same command continues the run",
         ) from error

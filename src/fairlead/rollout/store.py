@@ -1,9 +1,11 @@
 """Finished rollouts on disk: immutable, hashed, read back instead of sampled again.
 
-rollouts/round-000003/chunk-000.json ...   while sampling; removed once the round is whole
-rollouts/round-000003.safetensors          tensors of the round
-rollouts/round-000003.jsonl                prompt, response, score: for people
-rollouts/round-000003.json                 checksums; written last
+rounds/003/chunk-000.json ...              while sampling; removed once the round is whole
+rounds/003/prompts.jsonl, samples.jsonl, scored.jsonl
+                                           as `fairlead generate` and `fairlead score` write them
+rounds/003/round.safetensors               tensors of the round
+rounds/003/round.json                      checksums; written last
+rounds/003/selected.jsonl                  the scored rows that are learned from, where some are chosen
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fairlead.errors import CheckpointError
-from fairlead.types import Prompt, Rollout
+from fairlead.types import Prompt, Rollout, Sampler, Sampling
+
+TENSORS, CHECKSUMS = "round.safetensors", "round.json"
 
 
 class RolloutStore:
@@ -33,7 +36,7 @@ class RolloutStore:
         self, round_number: int, number: int, prompts: Sequence[Prompt], sample: Callable[[], list[Rollout]]
     ) -> list[Rollout]:
         """The rollouts of one chunk of prompts: read back when they were sampled before, else sampled and saved."""
-        path = self._path(round_number, "") / f"chunk-{number:03d}.json"
+        path = self._path(round_number, f"chunk-{number:03d}.json")
         if path.is_file():
             rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
             return [Rollout(prompt, **_frozen(row)) for prompt, row in zip(prompts, rows, strict=True)]
@@ -42,35 +45,69 @@ class RolloutStore:
         _write(path, json.dumps(rows).encode())
         return rollouts
 
-    def has(self, round_number: int) -> bool:
-        return self._path(round_number, ".json").is_file()
+    def sample(
+        self,
+        sampler: Sampler,
+        round_number: int,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: Sampling,
+        num_samples: int,
+        seed: int,
+        rows: int,
+    ) -> list[Rollout]:
+        """The rollouts of a round, ``rows`` prompts a chunk; what was sampled before is read back."""
+        rollouts: list[Rollout] = []
+        key = (seed, "rollout", round_number)
+        for number, start in enumerate(range(0, len(prompts), rows)):
+            part = prompts[start : start + rows]
 
-    def save(self, round_number: int, tensors: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> str:
-        """Make the round final; returns its hash."""
-        blobs = {
-            ".safetensors": save({name: tensor.contiguous() for name, tensor in tensors.items()}),
-            ".jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(
-                "utf-8", "surrogatepass"
-            ),
-        }
-        digests = {suffix: hashlib.sha256(blob).hexdigest() for suffix, blob in blobs.items()}
-        for suffix, blob in blobs.items():
-            _write(self._path(round_number, suffix), blob)
-        _write(self._path(round_number, ".json"), (json.dumps(digests, indent=1) + "\n").encode())
-        shutil.rmtree(self._path(round_number, ""), ignore_errors=True)
-        return digests[".safetensors"]
+            def sample(part: Sequence[Prompt] = part, start: int = start) -> list[Rollout]:
+                return sampler.generate(part, sampling=sampling, key=key, first_item=start, num_samples=num_samples)
+
+            asked = [prompt for prompt in part for _ in range(num_samples)]
+            rollouts += self.chunk(round_number, number, asked, sample)
+        return rollouts
+
+    def has(self, round_number: int) -> bool:
+        return self._path(round_number, CHECKSUMS).is_file()
+
+    def save(
+        self, round_number: int, tensors: dict[str, Tensor], texts: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> str:
+        """Make the round final, with ``texts`` as a file of rows for each name; returns its hash."""
+        blobs = {f"{name}.jsonl": _lines(rows) for name, rows in texts.items()}
+        blobs[TENSORS] = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}
+        for name, blob in blobs.items():
+            _write(self._path(round_number, name), blob)
+        _write(self._path(round_number, CHECKSUMS), (json.dumps(digests, indent=1) + "\n").encode())
+        for chunk in self._path(round_number, "").glob("chunk-*.json"):
+            chunk.unlink()
+        return digests[TENSORS]
 
     def load(self, round_number: int) -> tuple[dict[str, Tensor], str]:
         """Tensors of a finished round and their hash. Raises CheckpointError when a file was changed."""
-        digests = json.loads(self._path(round_number, ".json").read_text("utf-8"))
-        for suffix, digest in digests.items():
-            path = self._path(round_number, suffix)
+        digests = json.loads(self._path(round_number, CHECKSUMS).read_text("utf-8"))
+        for name, digest in digests.items():
+            path = self._path(round_number, name)
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 raise CheckpointError(f"{path} was changed after it was written", hint="remove the run and start again")
-        return load_file(self._path(round_number, ".safetensors")), digests[".safetensors"]
+        return load_file(self._path(round_number, TENSORS)), digests[TENSORS]
 
-    def _path(self, round_number: int, suffix: str) -> Path:
-        return self._folder / f"round-{round_number:06d}{suffix}"
+    def select(self, round_number: int, keep: Sequence[bool]) -> None:
+        """Put those of a finished round's scored rows that are kept into a file of their own."""
+        rows = self._path(round_number, "scored.jsonl").read_bytes().splitlines(keepends=True)
+        chosen = [row for row, is_kept in zip(rows, keep, strict=True) if is_kept]
+        _write(self._path(round_number, "selected.jsonl"), b"".join(chosen))
+
+    def _path(self, round_number: int, name: str) -> Path:
+        return self._folder / f"{round_number:03d}" / name
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _frozen(row: dict[str, Any]) -> dict[str, Any]:

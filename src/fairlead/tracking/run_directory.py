@@ -91,8 +91,8 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
-    def rollouts(self) -> Path:
-        return self.path / "rollouts"
+    def rounds(self) -> Path:
+        return self.path / "rounds"
 
     @property
     def checkpoints(self) -> Path:

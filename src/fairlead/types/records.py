@@ -42,6 +42,8 @@ class Demonstration:
     prompt: Conversation
     response: str | Message
     tools: Tools = ()
+    finished: bool = True
+    """False for a sampled response that was cut at its limit: no end is learned."""
 
 
 @dataclass(frozen=True, slots=True)

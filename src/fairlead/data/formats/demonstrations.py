@@ -61,7 +61,8 @@ def demonstration(prompts: str, response: str) -> Any:
         if not isinstance(prompt, str) and not prompt:
             return "nothing before the answer"
         answer = last["content"] if last.keys() <= {"role", "content"} else last
-        return Demonstration((*as_turns(prompt), *lead) if lead else prompt, answer, read_tools(row))
+        finished = "sample" not in row.data or row.data.get("finished") is not False
+        return Demonstration((*as_turns(prompt), *lead) if lead else prompt, answer, read_tools(row), finished)
 
     return parse
 
