@@ -36,11 +36,12 @@ def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
         "model.path": recipe.model.path,
         "model.tokenizer": recipe.model.tokenizer,
         "reward": reward if isinstance(reward, str) else model_paths(reward),
+        "teacher": getattr(recipe.settings, "teacher", None),
     }
     for key, place in places.items():
         for name in (place,) if isinstance(place, str) else place or ():
             path = Path(name)
-            if key in ("model.path", "reward") and path.is_dir():
+            if key in ("model.path", "reward", "teacher") and path.is_dir():
                 path = resolve_folder(name) or path
             if path.exists():
                 found[key if isinstance(place, str) else f"{key}: {name}"] = {

@@ -41,8 +41,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "grpo": PROMPTS,
     "reinforce": PROMPTS,
     "raft": PROMPTS,
+    "rft": PROMPTS,
+    "online_dpo": PROMPTS,
 }
-ONLINE = ("ppo", "rloo", "grpo", "reinforce", "raft")
+ONLINE = ("ppo", "rloo", "grpo", "reinforce", "raft", "rft", "online_dpo")
 """Those that sample, and need a reward."""
 
 SETTINGS: dict[str, Any] = {

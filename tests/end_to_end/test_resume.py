@@ -32,7 +32,7 @@ def _command(algorithm: str, folder: Path, data: Path, extra: dict[str, Any] | N
 
 def _final(folder: Path) -> dict[str, bytes]:
     """Weights, optimizer and metrics; wall-clock fields aside."""
-    last = folder / "checkpoints" / "step-000008"
+    last = max((folder / "checkpoints").iterdir())
     files = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("performance/")} for row in rows]
@@ -75,12 +75,32 @@ CHANGING = {
 }
 """What changes from round to round, or ends one early."""
 RANKED = {"raft.num_samples": 4, "raft.clean": ["strip"], "raft.discard": [{"contains": {"part": "b"}}]}
+ROUNDS = {
+    "raft.num_samples": 2,
+    "raft.epochs": 1,
+    "raft.optimizer": "fresh",
+    "raft.round_decay": 0.5,
+    "raft.plateau": 1,
+}
+"""Of which each begins the optimizer anew; the second is the last, though more were planned."""
+GROWN = {"rft.num_samples": 3, "rft.epochs": 3, "rft.rollout_size": "all"}
+PAIRED = {"online_dpo.num_samples": 3, "online_dpo.pairs": "random", "online_dpo.reference": "round"}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "extra"),
-    [("sft", {}), ("dpo", {}), ("ppo", {}), ("ppo", CHANGING), ("grpo", {"grpo.drop": ["alike"]}), ("raft", RANKED)],
-    ids=["sft", "dpo", "ppo", "ppo, changing", "grpo", "raft"],
+    [
+        ("sft", {}),
+        ("dpo", {}),
+        ("ppo", {}),
+        ("ppo", CHANGING),
+        ("grpo", {"grpo.drop": ["alike"]}),
+        ("raft", RANKED),
+        ("raft", ROUNDS),
+        ("rft", GROWN),
+        ("online_dpo", PAIRED),
+    ],
+    ids=["sft", "dpo", "ppo", "ppo, changing", "grpo", "raft", "raft, fresh rounds", "rft", "online dpo"],
 )
 def test_a_killed_run_continues_to_the_same_bytes(algorithm: str, extra: dict[str, Any], tmp_path: Path) -> None:
     rows = PROMPTS if algorithm in ONLINE else PAIRS if algorithm == "dpo" else ROWS["sft"]

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -16,13 +17,13 @@ from fairlead.algorithms.policy import PolicySettings
 from fairlead.algorithms.rounds import Estimator, RolloutSource
 from fairlead.algorithms.shaping import Shaper, ShapingSettings
 from fairlead.algorithms.stage import Stage
+from fairlead.data.render import Tree
 from fairlead.errors import ConfigError
 from fairlead.ops.kl import k1
 from fairlead.rollout.engines import open_sampler
 from fairlead.rollout.experience import (
     Collector,
     Experience,
-    distinct_bigrams,
     drawn_from,
     measure_tokens,
     select_support,
@@ -30,10 +31,13 @@ from fairlead.rollout.experience import (
 )
 from fairlead.rollout.rewards import open_reward
 from fairlead.rollout.rewards.settings import RewardSource
+from fairlead.rollout.samples import shares_of
+from fairlead.rollout.screen import Screen, ScreenSettings, open_screen
 from fairlead.rollout.settings import DrawSettings
 from fairlead.rollout.store import RolloutStore
+from fairlead.rollout.texts import variety
 from fairlead.tracking.run_directory import RunDirectory
-from fairlead.types import Prompt, Reward, Rollout
+from fairlead.types import Demonstration, Prompt, Reward, Rollout, Sampler
 
 
 class SamplingSettings(DrawSettings):
@@ -42,10 +46,17 @@ class SamplingSettings(DrawSettings):
     outputs, **columns), `rule:NAME`, a URL, or a list of such with weights."""
     watch: dict[str, RewardSource] = Field(default_factory=dict[str, RewardSource])
     """More rewards by name, measured on the held-out prompts and never optimised."""
-    rollout_size: int = Field(default=128, ge=1)
-    """Prompts of one round."""
+    rollout_size: Annotated[int, Field(ge=1)] | Literal["all"] = 128
+    """Prompts of one round; all: each round asks every prompt."""
     epochs: int = Field(default=4, ge=1)
     """Passes over each round's responses; train.batch_size prompts, with all their responses, are a minibatch."""
+    optimizer: Literal["kept", "fresh"] = "kept"
+    """fresh: each round begins without the moments of the rounds before it."""
+    round_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each round's learning rate is so many times that of the round before it, beside `optim.schedule`."""
+    plateau: int | None = Field(default=None, ge=1)
+    """The run ends with the round in which the mean score of so many rounds lies within the 95 % interval (over
+    prompts) of the round before them, the newest not the highest of all these; null: it does not."""
     num_eval_prompts: int = Field(default=64, ge=1)
     """Held-out prompts sampled at each evaluation."""
     eval_prompts: tuple[str, ...] = ()
@@ -77,16 +88,18 @@ def rollout_source(stage: Stage, estimate: Estimator, *, warm_up: int = 0) -> Ro
     return RolloutSource(stage, collector, prompts, Shaper(settings), estimate, mixed=mixed, warm_up=warm_up)
 
 
-def collecting(stage: Stage, **more: Any) -> tuple[list[Prompt], Collector]:
-    """The prompts that fit, and what makes experience of them; ``more`` as `Collector` has it."""
+def collecting(stage: Stage, *, sampler: Sampler | None = None, **more: Any) -> tuple[list[Prompt], Collector]:
+    """The prompts that fit, and what makes experience of them, by default with the policy's samples; ``more`` as
+    `Collector` has it."""
     settings: SamplingSettings = stage.settings
     prompts, counts = stage.renderer.prompts(list(stage.records))
     stage.count("train", counts)
     collector = Collector(
-        sampler=open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows),
+        sampler=sampler or open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows),
         reward=the_reward(stage),
         models=stage.models,
         renderer=stage.renderer,
+        screen=screen_of(stage),
         store=RolloutStore(stage.folder / "rounds"),
         sampling=settings.sampling,
         num_samples=settings.num_samples,
@@ -96,6 +109,14 @@ def collecting(stage: Stage, **more: Any) -> tuple[list[Prompt], Collector]:
         **more,
     )
     return [prompt for prompt, _ in prompts], collector
+
+
+def screen_of(stage: Stage) -> Screen | None:
+    """What cleans and discards, in the algorithms that do."""
+    settings = stage.settings
+    return (
+        open_screen(stage.renderer, settings.clean, settings.discard) if isinstance(settings, ScreenSettings) else None
+    )
 
 
 def learned_from(experience: Experience, settings: OnlineSettings) -> dict[str, list[Tensor]]:
@@ -122,7 +143,8 @@ def the_reward(stage: Stage) -> Reward:
 
 
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
-    """Score, watched scores, KL to the reference, length and variety of responses to held-out prompts."""
+    """Score, watched scores, KL to the reference, length and variety of responses to held-out prompts, what would be
+    discarded of them, and the perplexity of the answers that the data have to these prompts."""
     settings: SamplingSettings = stage.settings
     given = [Prompt(text) for text in settings.eval_prompts]
     prompts, counts = stage.renderer.prompts(given or list(stage.eval_records))
@@ -134,6 +156,8 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
         name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
         for name, where in settings.watch.items()
     }
+    answers = _answers(stage, chosen)
+    screen = screen_of(stage)
     sampling = settings.sampling
     if settings.eval_temperature is not None:
         sampling = replace(sampling, temperature=settings.eval_temperature)
@@ -149,7 +173,9 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
             **_kl(stage, rollouts, number, sampling.temperature),
             "eval/length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
             "eval/finished": sum(r.finished for r in rollouts) / len(rollouts),
-            "eval/distinct_2": distinct_bigrams([r.text for r in rollouts]),
+            **{f"eval/{name}": value for name, value in variety([r.text for r in rollouts]).items()},
+            **({} if screen is None else {f"eval/{name}": v for name, v in shares_of(screen(rollouts)[1]).items()}),
+            **({"eval/perplexity": _perplexity(stage, answers)} if answers else {}),
         }
 
     return measure
@@ -168,6 +194,19 @@ def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: flo
     )
     pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
     return {"eval/kl": sum(float(k1(a, b).sum()) for a, b in pairs) / len(rollouts)}
+
+
+def _answers(stage: Stage, prompts: Sequence[Prompt]) -> list[Tree]:
+    """What the data answer to the prompts, where they do."""
+    known = [Demonstration(each.prompt, each.answer, each.tools) for each in prompts if each.answer is not None]
+    return [Tree(tree.prompt, tree.responses) for tree in stage.renderer.limited(known)[0]]
+
+
+def _perplexity(stage: Stage, answers: Sequence[Tree]) -> float:
+    """exp of the mean NLL of the answers' tokens."""
+    measured = measure_tokens(stage.models, answers, temperature=1.0, budget=stage.budget.tokens)
+    logprobs = torch.cat(measured["behaviour_logprobs"]).double()
+    return float((-logprobs.mean()).exp())
 
 
 def _keep(

@@ -4,7 +4,7 @@ the best, and learn them as SFT learns demonstrations. Rejection-sampling SFT is
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, model_validator
 
@@ -16,8 +16,8 @@ from fairlead.algorithms.terms import nll
 from fairlead.data.pack import token_batch
 from fairlead.data.render import Tree
 from fairlead.rollout.experience import Experience
-from fairlead.rollout.screen import open_screen
 from fairlead.rollout.select import SelectSettings, select
+from fairlead.rollout.teacher import open_teacher
 from fairlead.types import Algorithm, Pass, Prompt, Term, TokenBatch
 
 
@@ -29,11 +29,29 @@ class Settings(ShapingSettings, SamplingSettings, SelectSettings):
     epochs: int = Field(default=1, ge=1)
     """Passes over each round's selected responses; train.batch_size prompts are a step."""
     temperature: float = Field(default=0.85, gt=0)
+    measure_kl: bool = False
+    """Keep a reference and measure the KL to it, though nothing is charged for it."""
+    plateau: int | None = Field(default=3, ge=1)
+    """The run ends with the round in which the mean score of so many rounds lies within the 95 % interval (over
+    prompts) of the round before them, the newest not the highest of all these; null: it does not."""
+    teacher: str | None = None
+    """What samples, in place of the policy: a finished run, a folder or a hub id of another model, whose best answers
+    are learned; its tokenizer and template may be others."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Responses are ranked by score - kl_coef (log policy - log reference); 0 needs no reference."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_teacher_has_no_plateau(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        held = cast(dict[str, Any], given)
+        return {"plateau": None, **held} if held.get("teacher") else held
+
     @model_validator(mode="after")
     def _selects(self) -> Settings:
+        if self.teacher is not None and self.plateau is not None:
+            raise ValueError(f"plateau={self.plateau} watches the scores of samples, and a teacher's do not change")
         if (self.keep or 1) > self.num_samples:
             raise ValueError(f"keep={self.keep} of num_samples={self.num_samples} responses")
         if self.adaptive_kl is not None and not self.kl_coef:
@@ -44,8 +62,8 @@ class Settings(ShapingSettings, SamplingSettings, SelectSettings):
 def estimate(experience: Experience, shaped: Shaped, *, settings: Settings) -> Estimate:
     """Which responses are learned: ranked by the sum of their shaped rewards, which is score - kl_coef x KL."""
     keys, scores = shaped.rewards.sum(1), experience.scores
-    reasons = {name: share for name, share in experience.measured.items() if name.startswith("discarded/")}
-    keep, empty = select(keys, [experience.num_samples] * len(experience.trees), settings, reasons)
+    numbers = [experience.num_samples] * len(experience.trees)
+    keep, empty = select(keys, numbers, settings, experience.discarded)
     first = scores.view(-1, experience.num_samples)[:, 0]
     return Estimate(
         {},
@@ -64,14 +82,17 @@ def collate(trees: list[Tree], _: Any, *, packed: bool, pad_id: int, support: An
     return token_batch(trees, packed=packed, pad_id=pad_id)
 
 
-def passes(_: Settings) -> tuple[Pass, ...]:
+def passes(_: Any) -> tuple[Pass, ...]:
     return (Pass("policy", (Term("nll", "token", nll),), frozenset({"logprobs"}), uniform=True),)
 
 
 def source(stage: Stage) -> RolloutSource:
     settings: Settings = stage.settings
-    screen = open_screen(stage.renderer, settings.clean, settings.discard)
-    prompts, collector = collecting(stage, logprobs=settings.kl_coef > 0, screen=screen)
+    teacher = None
+    if settings.teacher is not None:
+        form: Any = {"engine": settings.engine, "rows": settings.rollout_rows, "device": stage.models.device}
+        teacher = open_teacher(settings.teacher, stage.renderer, **form)
+    prompts, collector = collecting(stage, sampler=teacher, logprobs="reference" in stage.models.roles)
     return RolloutSource(
         stage, collector, prompts, Shaper(settings), partial(estimate, settings=settings), collate=collate
     )
@@ -81,7 +102,7 @@ ALGORITHM = Algorithm(
     name="raft",
     settings=Settings,
     record=lambda _: Prompt,
-    roles=lambda settings: ("policy", "reference") if settings.kl_coef else ("policy",),
+    roles=lambda settings: ("policy", "reference") if settings.kl_coef or settings.measure_kl else ("policy",),
     passes=passes,
     source=source,
     evaluation=evaluation,

@@ -1,21 +1,24 @@
 """Rounds of experience as a source of optimizer steps: sample, score, shape, estimate, then epochs of minibatches.
 
 Its state is the step, the round and the place in it, with the hash of the round's file, so that every optimizer step is
-one a run can continue at.
+one a run can continue at. A round may begin the optimizer anew, or be the last.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fairlead.algorithms.mixed import MixedSource
+from fairlead.algorithms.plateau import Plateau, level
 from fairlead.algorithms.shaping import Shaped, Shaper
 from fairlead.algorithms.stage import Stage
 from fairlead.data.pack import best_fit, micro_batches, rollout_batch
@@ -24,7 +27,7 @@ from fairlead.errors import CheckpointError, TrainingError
 from fairlead.ops.sampling import permutation, stream_key
 from fairlead.rollout.experience import Collector, Experience
 from fairlead.rollout.samples import round_prompts
-from fairlead.types import Prompt, TokenBatch
+from fairlead.types import Pace, Prompt, TokenBatch
 
 EMPTY_ROUNDS = 10
 """Rounds without anything to learn from, one after the other, that end a run."""
@@ -37,7 +40,9 @@ class Estimate:
     tokens: Mapping[str, Sequence[Tensor]]
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     keep: Tensor | None = None
-    """[S] bool: the responses that are learned from; none: all."""
+    """[S] bool: the responses that are learned from, or [epochs, S] for each pass its own; none: all."""
+    experience: Experience | None = None
+    """What all of this speaks about, where it is more than the round."""
 
 
 Estimator = Callable[[Experience, Shaped], Estimate]
@@ -50,9 +55,8 @@ class _Round:
     number: int
     experience: Experience
     estimate: Estimate
-    prompts: list[int]
-    """Those of which a response is learned from."""
-    metrics: dict[str, float]
+    passes: list[dict[int, list[int]]]
+    """Of each pass the prompts that have responses to learn from, each with these."""
 
 
 class RolloutSource:
@@ -74,22 +78,25 @@ class RolloutSource:
         settings, train = stage.settings, stage.recipe.train
         self._stage, self._collector, self._prompts = stage, collector, prompts
         self._shaper, self._estimate, self._mixed, self._warm_up = shaper, estimate, mixed, warm_up
-        self._round_size: int = min(settings.rollout_size, len(prompts))
+        self._round_size = len(prompts) if settings.rollout_size == "all" else min(settings.rollout_size, len(prompts))
         self._batch_size, self._epochs = train.batch_size, settings.epochs
         self._collate = collate
         self._guard: float | None = getattr(settings, "ratio_guard", None)
         self._target_kl: float | None = getattr(settings, "target_kl", None)
-        rounds = max(1, round(train.epochs * len(prompts) / self._round_size))
+        self._rounds = max(1, round(train.epochs * len(prompts) / self._round_size))
         steps = self._epochs * math.ceil(self._round_size / self._batch_size)
-        self.num_steps: int = train.steps if train.steps is not None else rounds * steps
+        self.num_steps: int = train.steps if train.steps is not None else self._rounds * steps
+        self.ended = ""
         self._step = self._number = self._position = 0
-        self._digest, self._metrics, self._is_over = "", dict[str, float](), False
+        self._digest, self._metrics, self._is_over, self._is_last = "", dict[str, float](), False, False
+        self._plateau = Plateau(settings.plateau)
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         empty = 0
         while self._step < self.num_steps:
             current = self._begin(self._number)
-            steps = self._epochs * math.ceil(len(current.prompts) / self._batch_size)
+            steps = sum(self._steps(current))
+            self._end_with(current, steps)
             empty = 0 if steps else empty + 1
             if empty == EMPTY_ROUNDS:
                 raise TrainingError(
@@ -116,22 +123,46 @@ class RolloutSource:
         self._digest = digest
         shaped = self._shaper(experience)
         estimate = self._estimate(experience, shaped)
-        keep = torch.ones(len(experience.scores), dtype=torch.bool) if estimate.keep is None else estimate.keep
-        if estimate.keep is not None:
-            self._collector.store.select(number, keep.tolist())
-        kept: Any = keep.view(-1, experience.num_samples).any(1).nonzero()[:, 0]
-        seconds = {f"performance/seconds_{phase}": taken for phase, taken in self._collector.seconds.items()}
-        metrics = measured(experience) | shaped.metrics | dict(estimate.metrics) | seconds
+        if estimate.keep is not None and estimate.experience is None:
+            self._collector.store.select(number, [bool(kept) for kept in estimate.keep])
         if not self._position:
-            self._metrics |= metrics
-        return _Round(number, experience, estimate, kept.tolist(), metrics)
+            mean, margin = level(experience)
+            self.ended = self.ended or self._plateau.after_round(mean, margin)
+            seconds = {f"performance/seconds_{phase}": taken for phase, taken in self._collector.seconds.items()}
+            self._metrics |= measured(experience) | shaped.metrics | dict(estimate.metrics) | seconds
+            self._metrics |= {"objective/scores_margin": margin, "rollout/round": float(number)}
+        held = estimate.experience or experience
+        return _Round(number, held, estimate, _learned(held, estimate.keep, self._epochs))
+
+    def _steps(self, current: _Round) -> list[int]:
+        """Of each pass."""
+        return [math.ceil(len(prompts) / self._batch_size) for prompts in current.passes]
+
+    def _end_with(self, current: _Round, steps: int) -> None:
+        """Where a round is the last one, the run ends with its steps: fewer than planned where not all is learned."""
+        is_planned = self._stage.recipe.train.steps is None and current.number >= self._rounds - 1
+        self._is_last = bool(steps) and (bool(self.ended) or (is_planned and current.estimate.keep is not None))
+        if self._is_last:
+            self.num_steps = min(self.num_steps, self._step - self._position + steps)
+
+    @property
+    def pace(self) -> Pace:
+        settings = self._stage.settings
+        return Pace(settings.round_decay**self._number, settings.optimizer == "fresh" and self._position == 1)
 
     def _minibatch(self, current: _Round, position: int) -> list[TokenBatch]:
-        epoch, index = divmod(position, math.ceil(len(current.prompts) / self._batch_size))
-        seed, experience = self._stage.recipe.seed, current.experience
-        order = permutation(stream_key(seed, "minibatch", current.number, epoch), len(current.prompts))
-        chosen = [current.prompts[i] for i in order[index * self._batch_size : (index + 1) * self._batch_size]]
-        parts = [self._kept(current, prompt) for prompt in chosen]
+        starts = [0, *accumulate(self._steps(current))]
+        epoch = bisect_right(starts, position) - 1
+        index = position - starts[epoch]
+        seed, experience, learned = self._stage.recipe.seed, current.experience, current.passes[epoch]
+        prompts = list(learned)
+        order = permutation(stream_key(seed, "minibatch", current.number, epoch), len(prompts))
+        chosen = [prompts[i] for i in order[index * self._batch_size : (index + 1) * self._batch_size]]
+        flat = [response for tree in experience.trees for response in tree.responses]
+        parts = [
+            (Tree(experience.trees[prompt].prompt, tuple(flat[i] for i in learned[prompt])), learned[prompt])
+            for prompt in chosen
+        ]
         sizes, packed, budget = [tree.num_tokens for tree, _ in parts], self._stage.packed, self._stage.budget.tokens
         groups = best_fit(sizes, budget) if packed else micro_batches(sizes, budget, packed=False)
         tokens = current.estimate.tokens
@@ -151,17 +182,12 @@ class RolloutSource:
             )
         return batches + (self._mixed.batches(self._step - 1) if self._mixed is not None else [])
 
-    def _kept(self, current: _Round, prompt: int) -> tuple[Tree, list[int]]:
-        """A prompt with those of its responses that are learned from, and their indices."""
-        tree, number = current.experience.trees[prompt], current.experience.num_samples
-        responses, keep = range(prompt * number, (prompt + 1) * number), current.estimate.keep
-        chosen = [i for i in responses if keep is None or bool(keep[i])]
-        return Tree(tree.prompt, tuple(tree.responses[i - prompt * number] for i in chosen)), chosen
-
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         too_far = self._target_kl is not None and metrics["policy/approx_kl"] > self._target_kl
         too_different = self._guard is not None and not metrics["policy/ratio"] <= self._guard
         self._is_over = too_far or too_different
+        if self._is_over and self._is_last:
+            self.num_steps = self._step
         measured, self._metrics = self._metrics, {}
         return measured | ({"policy/round_ended_early": 1.0} if self._is_over else {})
 
@@ -173,12 +199,30 @@ class RolloutSource:
             "is_over": self._is_over,
             "rollout": self._digest,
             "shaping": self._shaper.state_dict(),
+            "plateau": self._plateau.state_dict(),
+            "num_steps": self.num_steps,
+            "ended": self.ended,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step, self._number, self._position = int(state["step"]), int(state["round"]), int(state["position"])
         self._is_over, self._digest = bool(state["is_over"]), str(state["rollout"])
         self._shaper.load_state_dict(state["shaping"])
+        self._plateau.load_state_dict(state["plateau"])
+        self.num_steps, self.ended = int(state["num_steps"]), str(state["ended"])
+
+
+def _learned(experience: Experience, keep: Tensor | None, epochs: int) -> list[dict[int, list[int]]]:
+    """Of each pass the prompts with those of their responses that are learned from."""
+    first = [0, *accumulate(len(tree.responses) for tree in experience.trees)]
+    flags = torch.ones(first[-1], dtype=torch.bool) if keep is None else keep
+
+    def of(row: list[bool]) -> dict[int, list[int]]:
+        found = {p: [i for i in range(start, end) if row[i]] for p, (start, end) in enumerate(pairwise(first))}
+        return {prompt: responses for prompt, responses in found.items() if responses}
+
+    rows: Any = cast(Any, flags).tolist()
+    return [of(row) for row in rows] if flags.ndim == 2 else [of(rows)] * epochs
 
 
 def measured(experience: Experience) -> dict[str, float]:

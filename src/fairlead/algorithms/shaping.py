@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -40,6 +40,14 @@ class ShapingSettings(Section):
     """With reward_scaling, their mean is taken off as well."""
     reward_clip: float | None = Field(default=None, gt=0)
     """Scores are kept within -reward_clip and reward_clip, after scaling."""
+
+
+class Unshaped(ShapingSettings):
+    """Of what ranks responses by their scores, without a price of the KL."""
+
+    kl_coef: ClassVar[float] = 0.0
+    kl_in: ClassVar[str] = "reward"
+    kl_estimator: ClassVar[str] = "k1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,18 +41,18 @@ def _text_alone(record: Demonstration | Labelled) -> list[Record] | str:
 CONVERSIONS: dict[tuple[RecordType, RecordType], tuple[str, Callable[[Any], list[Record] | str]]] = {
     (Ranking, Preference): ("the best answer against the worst", _best_and_worst),
     (Ranking, Demonstration): ("the best answer", lambda r: [Demonstration(r.prompt, r.responses[0])]),
-    (Ranking, Prompt): ("the prompt", lambda r: [Prompt(r.prompt)]),
+    (Ranking, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, answer=r.responses[0])]),
     (Preference, Ranking): ("two answers", lambda r: [Ranking(r.prompt, (r.chosen, r.rejected))]),
     (Preference, Demonstration): ("the chosen answer", lambda r: [Demonstration(r.prompt, r.chosen, r.tools)]),
     (Preference, Labelled): (
         "the chosen answer as good, the rejected as bad",
         lambda r: [Labelled(r.prompt, r.chosen, True), Labelled(r.prompt, r.rejected, False)],
     ),
-    (Preference, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, tools=r.tools)]),
+    (Preference, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, tools=r.tools, answer=r.chosen)]),
     (Labelled, Demonstration): ("the answers labelled as good", _imitable),
-    (Labelled, Prompt): ("the prompt", lambda r: [Prompt(r.prompt)]),
+    (Labelled, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, answer=r.response if r.label else None)]),
     (Labelled, Text): ("the text without its label", _text_alone),
-    (Demonstration, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, tools=r.tools)]),
+    (Demonstration, Prompt): ("the prompt", lambda r: [Prompt(r.prompt, tools=r.tools, answer=r.response)]),
     (Demonstration, Text): ("the answer, where it has no prompt", _text_alone),
 }
 """(what a row holds, what is wanted) -> what is taken, and how. What is not here cannot be had."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fairlead.health.phrases import phrase_rule
 from fairlead.health.rules import BEGINNING, RULES, Rule
 from fairlead.tracking.run_directory import RunDirectory
 from fairlead.types import Progress
@@ -18,7 +19,8 @@ class Alarms:
     the checkpoint, so that a continued run raises what an uninterrupted one would."""
 
     def __init__(self, directory: RunDirectory, say: Callable[[str], None], *, rules: Sequence[Rule] = RULES) -> None:
-        self._directory, self._say, self._rules = directory, say, rules
+        self._directory, self._say = directory, say
+        self._rules = (*rules, phrase_rule(directory.rounds))
         self._raised = set[str]()
         self._beginning: dict[str, list[float]] = {}
 

@@ -307,18 +307,22 @@ def _rollouts(recipe: Recipe) -> int:
     of sampler, policy and reference, entropy, values, advantages, returns)."""
     size, new = getattr(recipe.settings, "rollout_size", 0), getattr(recipe.settings, "max_new_tokens", 0)
     prompt = recipe.data.max_prompt_length or recipe.data.max_length - new
+    size = (recipe.data.limit or 0) if size == "all" else size
     return size * (8 * prompt + getattr(recipe.settings, "num_samples", 1) * (8 + 7 * 4) * new)
 
 
 def _others(recipe: Recipe, models: Models, device: torch.device) -> dict[str, int]:
-    """Weights of the reward models that are loaded beside the roles."""
+    """Weights of the reward models, and of a teacher, that are loaded beside the roles."""
     given = {"reward": getattr(recipe.settings, "reward", None), **getattr(recipe.settings, "watch", {})}
     shared = models.shared_reward and models.shared_reward.path
     places = {
         name: [path for path in model_paths(source) if shared is None or resolve_folder(path) != shared]
         for name, source in given.items()
     }
-    return {name: sum(_reward_bytes(path, device) for path in paths) for name, paths in places.items() if paths}
+    found = {name: sum(_reward_bytes(path, device) for path in paths) for name, paths in places.items() if paths}
+    if (teacher := getattr(recipe.settings, "teacher", None)) is not None:
+        found["teacher"] = _bytes(meta_base(ModelSection(path=teacher), device).model)
+    return found
 
 
 def _reward_bytes(place: str, device: torch.device) -> int:
@@ -335,4 +339,8 @@ def _reward_bytes(place: str, device: torch.device) -> int:
         config = model_config(place)
         with META:
             model = AutoModelForSequenceClassification.from_config(config, dtype=classifier_dtype(config, device))
+    return _bytes(model)
+
+
+def _bytes(model: nn.Module) -> int:
     return sum(size for _, size in memory.parameter_sizes(model).values())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fairlead.models.roles import Models
 from fairlead.rollout.samples import prompt_rows, sample_rows, score_kept, scored_rows, shares_of
 from fairlead.rollout.screen import Screen
 from fairlead.rollout.store import RolloutStore
+from fairlead.rollout.texts import variety
 from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling, Scores, Support
 
 
@@ -43,11 +44,22 @@ class Experience:
     """Of all tokens of all responses, in order."""
     measured: dict[str, float] = field(default_factory=dict[str, float])
     """Of the texts, which are not kept here."""
+    number: int = 0
+    """Of the round."""
+
+    @property
+    def discarded(self) -> dict[str, float]:
+        """Shares of the responses by the reason for which they were discarded."""
+        return {name: share for name, share in self.measured.items() if name.startswith("discarded/")}
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each response."""
         return [len(response) for tree in self.trees for response in tree.responses]
+
+    def by_prompt(self, values: Tensor) -> list[Tensor]:
+        """One number a response [S] -> those of each prompt."""
+        return list(torch.split(values, [len(tree.responses) for tree in self.trees]))
 
     @property
     def num_samples(self) -> int:
@@ -146,11 +158,12 @@ class Collector:
                 scores = score_kept(self.reward, rollouts, reasons)
             with self._timed("measuring"):
                 experience = self.measure(rollouts, scores)
-            experience.measured.update(shares_of(reasons))
+            finished = sum(row["finished"] for row in texts["samples"]) / len(rollouts)  # a cleaned text always ends
+            experience.measured.update({"finished": finished, **shares_of(reasons)})
             texts["scored"] = list(scored_rows(samples, rollouts, scores, reasons))
             self.store.save(round_number, experience.tensors(), texts)
         tensors, digest = self.store.load(round_number)
-        return Experience.from_tensors(tensors), digest
+        return replace(Experience.from_tensors(tensors), number=round_number), digest
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -168,7 +181,7 @@ class Collector:
             torch.tensor([rollout.finished for rollout in rollouts]),
             {name: torch.tensor(values, dtype=torch.float32) for name, values in scores.parts.items()},
             support,
-            {"distinct_2": distinct_bigrams([rollout.text for rollout in rollouts])},
+            variety([rollout.text for rollout in rollouts]),
         )
         if not self.logprobs:
             return experience
@@ -218,12 +231,6 @@ def select_support(support: Support | None, lengths: Sequence[int], responses: S
     within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     kept = support.kept[begin[chosen].repeat_interleave(counts) + within]
     return Support(kept, counts, support.banned[chosen])
-
-
-def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words / all of them; 0 without any."""
-    pairs = [pair for text in texts for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 @torch.no_grad()

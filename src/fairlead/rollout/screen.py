@@ -174,15 +174,7 @@ def open_screen(renderer: Renderer, clean: Sequence[Rule], discard: Sequence[Rul
         ids = renderer.response_ids([(rollouts[i].prompt, texts[i]) for i in changed])
         screened = list(rollouts)
         for i, response in zip(changed, ids, strict=True):
-            screened[i] = replace(
-                rollouts[i],
-                text=texts[i],
-                response_ids=response,
-                behaviour_logprobs=(math.nan,) * len(response),
-                finished=True,
-                kept=None,
-                banned=None,
-            )
+            screened[i] = rewritten(rollouts[i], texts[i], response, finished=True)
         return screened, [judge(i, rollout.text) for i, rollout in enumerate(screened)]
 
     return screen
@@ -192,6 +184,19 @@ def open_judge(discard: Sequence[Rule]) -> Callable[[int, str], str | None]:
     """The number of a sample and its text -> the first of the rules that discards it, or none."""
     judges = [_open(rule, DISCARD) for rule in discard]
     return lambda number, text: next((name for name, rule in judges if _called(name, rule, number, text)), None)
+
+
+def rewritten(rollout: Rollout, text: str, ids: tuple[int, ...], *, finished: bool) -> Rollout:
+    """A response as other tokens, which no sampler drew."""
+    return replace(
+        rollout,
+        text=text,
+        response_ids=ids,
+        behaviour_logprobs=(math.nan,) * len(ids),
+        finished=finished,
+        kept=None,
+        banned=None,
+    )
 
 
 Opened = tuple[str, Callable[[str], Any]]

@@ -85,6 +85,8 @@ class Prompt:
     prompt: Conversation
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tools: Tools = ()
+    answer: str | Message | None = field(default=None, compare=False)
+    """A good answer, where the row it was taken from holds one; what a policy thinks of it is measured."""
 
 
 Record = Text | Demonstration | Preference | Ranking | Labelled | Prompt
