@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from fairlead.algorithms import REGISTRY, find
 from fairlead.config import Recipe
-from fairlead.migration.trlx_keys import COMMON, PEFT, PPO, SAMPLING
+from fairlead.migration.trlx_keys import COMMON, PEFT, PPO, RFT, SAMPLING
 from fairlead.runner import resolve
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "migrate.md"
@@ -78,7 +78,7 @@ def test_the_settings_on_the_right_exist(row: tuple[str, str, str, str]) -> None
 
 
 def test_the_table_of_trlx_says_what_the_import_does() -> None:
-    rules = {key.rpartition(".")[2]: rule.key for key, rule in {**COMMON, **PPO, **SAMPLING, **PEFT}.items()}
+    rules = {key.rpartition(".")[2]: rule.key for key, rule in {**COMMON, **PPO, **RFT, **SAMPLING, **PEFT}.items()}
     missing = [
         (theirs, ours)
         for theirs, ours in rules.items()

@@ -266,6 +266,51 @@ def test_what_trlx_does_not_know_is_listed_and_stops_nothing(command: Command, t
     assert {"kind": "not known", "what": "extra.a=1", "text": "nothing was made of it"} in notes
 
 
+# --- RFT -----------------------------------------------------------------------------------------------------------
+
+RANDOM_WALKS: dict[str, Any] = {
+    "train": {
+        "seq_length": 10,
+        "epochs": 100,
+        "total_steps": 1000,
+        "batch_size": 100,
+        "checkpoint_interval": 1000,
+        "eval_interval": 100,
+        "pipeline": "PromptPipeline",
+        "trainer": "AccelerateRFTTrainer",
+    },
+    "model": {"model_path": "CarperAI/randomwalks", "num_layers_unfrozen": -1},
+    "tokenizer": {"tokenizer_path": "CarperAI/randomwalks", "truncation_side": "right"},
+    "optimizer": {"name": "adamw", "kwargs": {"lr": 3e-4, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0}},
+    "scheduler": {"name": "cosine_annealing", "kwargs": {"T_max": 1e12, "eta_min": 3e-4}},
+    "method": {
+        "name": "RFTConfig",
+        "n_generations_per_prompt": 100,
+        "start_percentile": 0.9,
+        "end_percentile": 0.95,
+        "n_improve_steps": 1,
+        "gen_kwargs": {"max_new_tokens": 9, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "do_sample": True},
+    },
+}
+"""trlX's own example of RFT."""
+
+
+def test_a_configuration_of_rft_becomes_one_with_nothing_unsaid() -> None:
+    imported = changed(RANDOM_WALKS)
+    found = resolved(imported).recipe
+    rft = found.settings
+    assert (found.algorithm, found.train.steps, found.train.batch_size) == ("rft", 1000, 100)
+    assert (rft.num_samples, rft.epochs, rft.start_percentile, rft.end_percentile) == (100, 1, 0.9, 0.95)
+    assert (rft.rollout_size, rft.max_new_tokens, found.optim.schedule) == ("all", 9, "constant")
+    assert not [note for note in imported.notes if note.kind == "not known"]
+    assert any(note.what == "a batch" for note in imported.notes)
+
+
+def test_an_epoch_of_rft_is_one_improve_step() -> None:
+    imported = changed(RANDOM_WALKS, train__total_steps=..., train__epochs=10, method__n_improve_steps=4)
+    assert resolved(imported).recipe.train.epochs == 3  # rounds of four of them
+
+
 # --- what has no recipe --------------------------------------------------------------------------------------------
 
 
@@ -273,7 +318,6 @@ def test_what_trlx_does_not_know_is_listed_and_stops_nothing(command: Command, t
     ("settings", "message"),
     [
         ({"train__trainer": ..., "method__name": "ilqlconfig"}, "ILQL.*\n.*reward.loss=regression.*dpo.*kto"),
-        ({"train__trainer": "AccelerateRFTTrainer"}, "RFT.*\n.*fairlead score .* --top-share .*fairlead train sft"),
         ({"train__trainer": "AccelerateILQLTrainer"}, "ILQL"),
         ({"method": {}, "train__trainer": ...}, "names no method of trlX"),
         ({"model__model_arch_type": "seq2seq"}, "seq2seq: Fairlead trains decoders alone"),

@@ -9,11 +9,22 @@ from typing import Any
 
 from fairlead.errors import ConfigError
 from fairlead.migration.draft import NOTHING, Draft, Imported, Rule
-from fairlead.migration.trlx_keys import COMMON, INSTEAD, LEFT, METHODS, PEFT, PPO, SAMPLING, SFT
+from fairlead.migration.trlx_keys import (
+    COMMON,
+    INSTEAD,
+    LEFT,
+    METHODS,
+    PEFT,
+    PPO,
+    RFT,
+    RFT_SAMPLING,
+    SAMPLING,
+    SFT,
+)
 
 
 def import_trlx(source: Mapping[str, Any], name: str = "trlX") -> Imported:
-    """The recipe of a configuration (nested, flat with dotted keys, or both). Raises ConfigError for ILQL, RFT and
+    """The recipe of a configuration (nested, flat with dotted keys, or both). Raises ConfigError for ILQL and
     seq2seq models, and for values that no recipe can hold."""
     draft = Draft(source)
     method = _method(draft)
@@ -23,7 +34,7 @@ def import_trlx(source: Mapping[str, Any], name: str = "trlX") -> Imported:
     if (tokenizer := draft.take("tokenizer.tokenizer_path")) not in (None, draft.given.get("model.model_path")):
         draft.put("model.tokenizer", tokenizer, "tokenizer.tokenizer_path")
     _adapter(draft, method)
-    _schedule(draft, _ppo_steps(draft) if method == "ppo" else _sft_steps(draft))
+    _schedule(draft, {"ppo": _ppo_steps, "rft": _rft_steps, "sft": _sft_steps}[method](draft))
     _passes(draft)
     if method == "ppo":
         draft.apply(PPO)
@@ -31,6 +42,11 @@ def import_trlx(source: Mapping[str, Any], name: str = "trlX") -> Imported:
         _rewards(draft)
         _sampling(draft)
         _words_for_ppo(draft)
+    elif method == "rft":
+        draft.apply(RFT)
+        _first_values(draft, "method.gen_kwargs.")
+        draft.apply(RFT_SAMPLING, "method.gen_kwargs.")
+        _words_for_rft(draft)
     else:
         draft.apply(SFT)
         _words_for_sft(draft)
@@ -51,7 +67,7 @@ def _method(draft: Draft) -> str:
     if found is None:
         raise ConfigError(
             f"the file names no method of trlX (method.name={name!r}, train.trainer={trainer!r})",
-            hint="add `method.name: PPOConfig` or `SFTConfig`; print(config) in trlX shows a whole configuration",
+            hint="add `method.name: PPOConfig`, `RFTConfig` or `SFTConfig`; print(config) in trlX shows it whole",
         )
     if found in INSTEAD:
         raise ConfigError(*INSTEAD[found])
@@ -68,6 +84,15 @@ def _words_for_ppo(draft: Draft) -> None:
     draft.wanted("ppo.eval_prompts, ppo.watch, ppo.stop", "where you had eval_prompts, metric_fn, stop_sequences")
     draft.differs("the value head", "one linear layer on the trunk; trlX's are two, twice as wide between them")
     draft.differs("bounds", "on gradients (optim.max_grad_norm=1), ratios (ppo.ratio_guard=10); null, as trlX: none")
+
+
+def _words_for_rft(draft: Draft) -> None:
+    draft.wanted("data.path", "prompts, an argument of trlx.train: a file, a folder or a hub id")
+    draft.wanted("rft.reward", "reward_fn, an argument of trlx.train: module:function")
+    draft.wanted("rft.eval_prompts, rft.watch, rft.stop", "where you had eval_prompts, metric_fn, stop_sequences")
+    draft.differs("what is learned", "responses and their end; there prompts and padding too")
+    draft.differs("a batch", "train.batch_size prompts with all their kept responses; there so many responses")
+    draft.differs("bounds", "on gradients (optim.max_grad_norm=1); null, as trlX: none")
 
 
 def _words_for_sft(draft: Draft) -> None:
@@ -88,8 +113,8 @@ def _adapter(draft: Draft, method: str) -> None:
     unfrozen = draft.number("model.num_layers_unfrozen", -1)
     delta, peft = draft.under("model.delta_kwargs."), draft.under("model.peft_config.")
     for section in ("delta_kwargs", "peft_config"):
-        if method == "ppo" and draft.number(place := f"model.{section}.lora_dropout", 0):
-            draft.leave(place, "dropout is off where policy and reference are compared")
+        if method != "sft" and draft.number(place := f"model.{section}.lora_dropout", 0):
+            draft.leave(place, "dropout is off in what samples and is compared")
     if delta:
         _delta(draft, unfrozen)
     elif peft:
@@ -160,6 +185,19 @@ def _sft_steps(draft: Draft) -> float | None:
             draft.leave("train.epochs", "train.steps wins; trlX ends after the fewer of both")
     elif epochs is not None:
         draft.put("train.epochs", epochs, "train.epochs")
+    return total
+
+
+def _rft_steps(draft: Draft) -> float | None:
+    """An epoch of trlX is one improve step; ours is a round of them."""
+    total, epochs = draft.number("train.total_steps"), draft.number("train.epochs")
+    if total is not None:
+        draft.put("train.steps", total, "train.total_steps")
+        if epochs is not None:
+            draft.leave("train.epochs", "train.steps wins; trlX ends after the fewer of both")
+    elif epochs is not None:
+        improve = draft.seen_number("method.n_improve_steps") or 4
+        draft.put("train.epochs", math.ceil(epochs / improve), "train.epochs / method.n_improve_steps")
     return total
 
 
@@ -295,10 +333,7 @@ def _sampling(draft: Draft) -> None:
     """Rollouts are drawn by `gen_experience_kwargs` where these are given; `gen_kwargs` are then of evaluation."""
     rollout, both = "method.gen_experience_kwargs.", "method.gen_kwargs."
     for prefix in (rollout, both):
-        for key, value in draft.under(prefix).items():
-            if isinstance(value, list) and key in SAMPLING:
-                draft.left[prefix + key] = value[0] if value else None
-                draft.leave(prefix + key, "evaluations do not try one value after the other; the first one is taken")
+        _first_values(draft, prefix)
     if not (own := draft.under(rollout)):
         draft.apply(SAMPLING, both)
         return
@@ -309,3 +344,11 @@ def _sampling(draft: Draft) -> None:
             draft.put("ppo.eval_temperature", value, both + key)
         elif value not in NOTHING and value != own.get(key) and value not in SAMPLING.get(key, Rule()).silent:
             draft.leave(both + key, "evaluations sample as the rollouts do, but for ppo.eval_temperature")
+
+
+def _first_values(draft: Draft, prefix: str) -> None:
+    """Of a list of values that trlX tries one after the other."""
+    for key, value in draft.under(prefix).items():
+        if isinstance(value, list) and key in SAMPLING:
+            draft.left[prefix + key] = value[0] if value else None
+            draft.leave(prefix + key, "evaluations do not try one value after the other; the first one is taken")

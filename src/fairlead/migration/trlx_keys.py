@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fairlead.migration.draft import Rule, choice, one_range
 
 METHODS = ("ppo", "sft", "ilql", "rft")
@@ -10,11 +12,6 @@ INSTEAD = {
         "ILQL, which learns the values of texts from their rewards, is not among Fairlead's algorithms",
         "rated samples train a reward model (reward.loss=regression) for ppo; pairs of a better and a worse one train "
         "dpo, single ones, good or bad, kto",
-    ),
-    "rft": (
-        "RFT, which samples, keeps what scores above a percentile and learns it, is not one algorithm here",
-        "`fairlead score RUN FILE --top-share 0.3 --out best.jsonl` keeps the best of sampled answers, and "
-        "`fairlead train sft data.path=best.jsonl` learns them",
     ),
 }
 """What there is in place of a method that is not here."""
@@ -77,6 +74,14 @@ PPO = {
     "method.num_topk_samples": Rule(note="all samples are learned from", silent=(1,)),
 }
 
+RFT = {
+    "tokenizer.truncation_side": PPO["tokenizer.truncation_side"],
+    "method.n_generations_per_prompt": Rule("rft.num_samples"),
+    "method.n_improve_steps": Rule("rft.epochs"),
+    "method.start_percentile": Rule("rft.start_percentile"),
+    "method.end_percentile": Rule("rft.end_percentile"),
+}
+
 SFT = {"tokenizer.truncation_side": Rule(note="rows are cut at their end", silent=("right",))}
 
 _OF_THE_KEPT = "log-probabilities and KL are of the tokens kept; there of all"
@@ -97,6 +102,14 @@ SAMPLING = {
     "pad_token_id": Rule(note="nothing is padded"),
 }
 """Of `method.gen_kwargs` and `method.gen_experience_kwargs`."""
+
+RFT_SAMPLING = {
+    name: replace(
+        rule, key=rule.key.replace("ppo.", "rft."), note="" if rule.key else rule.note.replace("ppo.", "rft.")
+    )
+    for name, rule in SAMPLING.items()
+}
+"""The same of RFT, which has no log-probabilities and so nothing that would mean something else."""
 
 PEFT = {
     "lora_dropout": Rule("model.adapter.dropout"),
