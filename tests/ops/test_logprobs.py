@@ -26,6 +26,12 @@ def inputs(dtype: torch.dtype = torch.float64, rows: int = ROWS, vocabulary: int
     return normal(rows, WIDTH), normal(vocabulary, WIDTH), normal(vocabulary), targets
 
 
+@pytest.fixture(params=[0, 4 * VOCABULARY, 1 << 24], autouse=True)
+def _kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, some, or all of what the backward pass needs is kept."""
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", request.param)
+
+
 def full(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -439,12 +445,27 @@ def test_gradients_taken_on_the_way_forward_are_those_taken_on_the_way_back(
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_uniform_loss_computes_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gradient_is_taken_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
+    made: list[object] = []
+    plain = logprobs._Gradients
+    monkeypatch.setattr(logprobs, "_Gradients", lambda *given: made.append(given) or plain(*given))
+    for uniform in (True, False):
+        with torch.no_grad():
+            token_logprobs(hidden, weight, targets, uniform=uniform)
+        assert not made
+        token_logprobs(hidden, weight, targets, uniform=uniform)[0].sum().backward()
+        assert made
+        made.clear()
+
+
+def test_logits_are_computed_once_where_the_loss_is_uniform_or_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets = (x.requires_grad_(x.is_floating_point()) for x in inputs())
     calls: list[slice] = []
     plain = logprobs._logits
     monkeypatch.setattr(logprobs, "_logits", lambda part, *rest: calls.append(part) or plain(part, *rest))
-    for uniform, number in ((True, 1), (False, 2)):
+    for uniform, room, number in ((True, 0, 1), (False, 0, 2), (False, 1 << 24, 1)):
+        monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", room)
         calls.clear()
         token_logprobs(hidden, weight, targets, bias=bias, uniform=uniform)[0].sum().backward()
         assert len(calls) == number

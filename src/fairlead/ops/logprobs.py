@@ -10,8 +10,10 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in fp32."""
+KEPT_ELEMENTS = 1 << 24
+"""Probabilities kept for the backward pass, 64 MB in fp32; those of further rows are computed again."""
 ON_GPU = 16
-"""Times as many on a GPU, where a product of few rows leaves most of it idle."""
+"""Times as many at once on a GPU, where a product of few rows leaves most of it idle; none are kept there."""
 
 Support = tuple[Tensor, Tensor, Tensor]
 """What a token could be, where it was less than the vocabulary: the ids of one row after the other [M], how many of
@@ -59,14 +61,15 @@ def token_logprobs(
     ``hidden`` [N, H], ``weight`` [V, H], ``targets`` [N], ``bias`` [V], ``low_rank`` = (reduced [N, r], up [V, r]) an
     adapter on the head -> logprobs [N], entropy [N] in nats (an empty tensor unless asked for). With ``support`` the
     softmax is over each row's own tokens; a target that is none of them has -inf. Computed in max(fp32, input dtype);
-    differentiable in every float tensor; the backward pass recomputes the logits, so memory is one chunk of at most
-    CHUNK_ELEMENTS logits, two with a cap. ``uniform`` says that the loss will weigh all rows alike: gradients are then
-    taken on the way forward, and nothing is computed twice. Where it proves wrong they are right all the same.
+    differentiable in every float tensor; the backward pass recomputes the logits of all but the first rows, so memory
+    is one chunk of at most CHUNK_ELEMENTS logits, two with a cap, and KEPT_ELEMENTS. ``uniform`` says that the loss
+    will weigh all rows alike: gradients are then taken on the way forward, and nothing is computed twice or kept. Where
+    it proves wrong they are right all the same.
     """
     reduced, up = low_rank or (None, None)
     form, allowed = _Form(scale, cap, temperature), _Allowed.of(support)
     return cast(Any, _TokenLogprobs).apply(
-        hidden, weight, bias, reduced, up, targets, form, allowed, with_entropy, uniform
+        hidden, weight, bias, reduced, up, targets, form, allowed, with_entropy, uniform, torch.is_grad_enabled()
     )
 
 
@@ -136,15 +139,19 @@ class _TokenLogprobs(torch.autograd.Function):
         allowed: _Allowed | None,
         with_entropy: bool,
         uniform: bool,
+        learns: bool,
     ) -> tuple[Tensor, Tensor]:
+        """``learns``: a backward pass may follow, which what is needed of the inputs does not say."""
         rows, kind = hidden.shape[0], _wide(hidden.dtype)
         logprobs, log_total = hidden.new_empty(rows, dtype=kind), hidden.new_empty(rows, dtype=kind)
         entropy = hidden.new_empty(rows if with_entropy else 0, dtype=kind)
         # Gradients for a pull of 1 on each row, while the softmax is at hand: those of hidden alone serve any pull.
         inputs = (hidden, weight, bias, reduced, up)
         of_rows = not any(ctx.needs_input_grad[1:5])
-        now = ctx.needs_input_grad[0] and not with_entropy and (uniform or of_rows)
+        now = learns and ctx.needs_input_grad[0] and not with_entropy and (uniform or of_rows)
         made = _Gradients(inputs, ctx.needs_input_grad) if now else None
+        able = learns and any(ctx.needs_input_grad) and not now and not with_entropy and form.cap is None
+        keeps, kept = KEPT_ELEMENTS // weight.shape[0] if able else 0, list[tuple[Tensor, Tensor]]()
         for part in _chunks(rows, weight):
             logits = _logits(part, *inputs, form)
             bend = _bend(logits, form) if made is not None else None
@@ -162,10 +169,12 @@ class _TokenLogprobs(torch.autograd.Function):
                     slope = logits.div_(-mass)
                     slope.scatter_add_(1, targets[part, None], torch.ones_like(peak))
                     made.add(part, _through(slope, form, bend))
+                elif part.stop <= keeps:
+                    kept.append((logits, mass))
             log_total[part] = total
             logprobs[part] = chosen - total
         ctx.form, ctx.allowed, ctx.with_entropy = form, allowed, with_entropy
-        ctx.made, ctx.of_rows = made, of_rows
+        ctx.made, ctx.of_rows, ctx.kept = made, of_rows, kept
         ctx.save_for_backward(*inputs, targets, log_total, entropy)
         return logprobs, entropy
 
@@ -176,24 +185,29 @@ class _TokenLogprobs(torch.autograd.Function):
         made: _Gradients | None = ctx.made
         if made is not None and (ctx.of_rows or bool((grad_logprobs == grad_logprobs[:1]).all())):
             ctx.made = None  # it is written to
-            return (*made.pulled(grad_logprobs, whole=not ctx.of_rows), *[None] * 5)
+            return (*made.pulled(grad_logprobs, whole=not ctx.of_rows), *[None] * 6)
         inputs = (hidden, weight, bias, reduced, up)
         made = _Gradients(inputs, ctx.needs_input_grad)
-        for part in _chunks(hidden.shape[0], weight):
+        kept: list[tuple[Tensor, Tensor]] = ctx.kept
+        for number, part in enumerate(_chunks(hidden.shape[0], weight)):
             # d logprob / d logits = onehot - p;   d entropy / d logits = -p (log p + entropy)
-            logits = _logits(part, *inputs, ctx.form)
-            bend = _bend(logits, ctx.form)
-            _restrict(logits, part, ctx.allowed).sub_(log_total[part, None])
-            pull = grad_logprobs[part, None]
-            if ctx.with_entropy:
-                probs = logits.exp()
-                mixed = logits.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(pull)
-                slope = mixed.mul_(probs).nan_to_num_(0.0).neg_()
+            pull, bend = grad_logprobs[part, None], None
+            if number < len(kept):
+                exponentials, mass = kept[number]
+                slope = exponentials * (-pull / mass)
             else:
-                slope = logits.exp_().mul_(-pull)
+                logits = _logits(part, *inputs, ctx.form)
+                bend = _bend(logits, ctx.form)
+                _restrict(logits, part, ctx.allowed).sub_(log_total[part, None])
+                if ctx.with_entropy:
+                    probs = logits.exp()
+                    mixed = logits.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(pull)
+                    slope = mixed.mul_(probs).nan_to_num_(0.0).neg_()
+                else:
+                    slope = logits.exp_().mul_(-pull)
             slope.scatter_add_(1, targets[part, None], pull.to(slope.dtype))
             made.add(part, _through(slope, ctx.form, bend))
-        return (*made.found(), *[None] * 5)
+        return (*made.found(), *[None] * 6)
 
 
 class _Gradients:
@@ -245,8 +259,8 @@ class _Allowed(NamedTuple):
     kept: Tensor
     starts: list[int]
     """Of each row in ``kept``, and the end."""
-    cut: Tensor
-    """[N] bool"""
+    cut: Tensor | None
+    """[N] bool; none where no row's is."""
     banned: Tensor
 
     @classmethod
@@ -256,19 +270,20 @@ class _Allowed(NamedTuple):
         kept, counts, banned = support
         index = torch.arange(len(counts), device=counts.device)
         rows = torch.repeat_interleave(index, counts, output_size=len(kept))
-        return cls(rows, kept, [0, *cast(Any, counts.cumsum(0)).tolist()], counts > 0, banned)
+        return cls(rows, kept, [0, *cast(Any, counts.cumsum(0)).tolist()], counts > 0 if len(kept) else None, banned)
 
 
 def _restrict(logits: Tensor, part: slice, allowed: _Allowed | None) -> Tensor:
     """-inf, in place, at what the rows of ``part`` could not be."""
     if allowed is None:
         return logits
-    first, last = cast(tuple[int, int], (part.start, part.stop))
-    span = slice(allowed.starts[first], allowed.starts[last])
-    rows, kept = allowed.rows[span] - first, allowed.kept[span]
-    values = logits[rows, kept]
-    logits.masked_fill_(allowed.cut[part, None], -torch.inf)
-    logits[rows, kept] = values
+    if allowed.cut is not None:
+        first, last = cast(tuple[int, int], (part.start, part.stop))
+        span = slice(allowed.starts[first], allowed.starts[last])
+        rows, kept = allowed.rows[span] - first, allowed.kept[span]
+        values = logits[rows, kept]
+        logits.masked_fill_(allowed.cut[part, None], -torch.inf)
+        logits[rows, kept] = values
     banned = allowed.banned[part, None]
     column = banned.clamp(min=0)
     return logits.scatter_(1, column, logits.gather(1, column).masked_fill_(banned >= 0, -torch.inf))

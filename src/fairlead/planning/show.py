@@ -107,7 +107,7 @@ def _moments(plan: Plan) -> Section:
         recomputed = ", recomputed" if plan.checkpointing else ""
         rows += [
             ("activations", size(step.peaks.kept), f"{each:,.0f} bytes a token and layer{recomputed}"),
-            ("log-probabilities", size(step.peaks.head), "one chunk of logits at a time"),
+            ("log-probabilities", size(step.peaks.head), "one chunk of logits at a time, the first ones kept"),
             ("temporaries", size(step.peaks.temporaries), "of the backward pass"),
         ]
         if step.copies:
