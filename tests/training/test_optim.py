@@ -306,6 +306,25 @@ def test_the_state_goes_out_and_in_bit_for_bit(given: dict[str, str]) -> None:
         assert torch.equal(uninterrupted[key], continued[key])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "adafactor", "adamw-8bit"])
+def test_what_has_forgotten_steps_as_a_new_one(name: str) -> None:
+    used, new = parameters(), parameters()
+    optimizer = Optimizer(section(name=name, schedule="constant"), used, 9)
+    for step in (1, 2):
+        fill_gradients(used, step)
+        optimizer.step(step)
+    optimizer.forget()
+    assert optimizer.tensors() == {}
+    for key, parameter in new.items():
+        parameter.data.copy_(used[key].data)
+    fresh = Optimizer(section(name=name, schedule="constant"), new, 9)
+    for step, rate in ((3, 1.0), (4, 0.5)):
+        for each, holder in ((used, optimizer), (new, fresh)):
+            fill_gradients(each, step)
+            assert holder.step(step, rate) == pytest.approx(rate * 1e-4)
+    assert all(torch.equal(used[key], new[key]) for key in used)
+
+
 def test_the_state_names_each_parameter_and_field() -> None:
     given = parameters()
     optimizer = Optimizer(section(), given, 2)
