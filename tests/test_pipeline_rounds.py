@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from fairlead.pipeline import plan, run_pipeline
 from fairlead.pipeline_file import read_pipeline
 from fairlead.tracking import tree_sha256
 from tests.end_to_end.rows import DEMONSTRATIONS, PROMPTS, SCRATCH, write
-from tests.end_to_end.test_resume import _kill_when
 
 COMMON = {
     "data.max_length": 48,
@@ -154,30 +153,36 @@ def test_what_is_done_is_skipped_and_more_rounds_are_added(whole: tuple[Path, di
     assert len(rows(tmp_path / "staged" / "rounds" / "000" / "selected.jsonl")) == 10
 
 
-SCRIPT = """
-import json, sys
-from fairlead.pipeline import run_pipeline
-source, given, folder = json.loads(sys.argv[1])
-run_pipeline(source, given, folder=folder)
-"""
+def killed(folder: Path, given: list[str], reached: Callable[[], bool]) -> None:
+    """Runs the pipeline in a process that ends without warning at a moment."""
+    process = multiprocessing.get_context("fork").Process(
+        target=run_pipeline, args=(PIPELINE, given), kwargs={"folder": folder}
+    )
+    process.start()
+    while not reached():
+        assert process.is_alive(), "the moment to kill never came"
+        time.sleep(0.001)
+    process.kill()
+    process.join()
 
 
 def test_killed_in_any_stage_it_ends_with_the_same_bytes(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, place = tmp_path / "staged", tmp_path / "staged" / "rounds"
     given = [f"prompts={whole[0].parent / 'data'}"]
-    command = [sys.executable, "-c", SCRIPT, json.dumps([PIPELINE, given, str(folder)])]
-    _kill_when(command, lambda: any(place.glob("000/.samples.jsonl.*/000/chunk-001.json")))
-    assert not (place / "000" / "samples.jsonl").exists()
-    _kill_when(command, lambda: any(place.glob("000/policy/checkpoints/step-*/manifest.json")))
-    sampled = (place / "000" / "samples.jsonl").stat().st_mtime_ns
-    _kill_when(command, lambda: (place / "001" / "samples.jsonl").exists())
-    _kill_when(command, lambda: (place / "001" / "selected.jsonl").exists())
-    again = (place / "001" / "samples.jsonl").stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert done.returncode == 0, done.stderr
+    moments = (
+        "000/.samples.jsonl.*/000/chunk-001.json",
+        "000/policy/checkpoints/step-*/manifest.json",
+        "001/samples.jsonl",
+        "001/selected.jsonl",
+    )
+    sampled: dict[Path, int] = {}
+    for moment in moments:
+        killed(folder, given, lambda moment=moment: any(place.glob(moment)))
+        sampled |= {path: path.stat().st_mtime_ns for path in place.glob("*/samples.jsonl")}
+    assert len(sampled) == 2
+    run_pipeline(PIPELINE, given, folder=folder, say=lambda _: None)
     assert result(folder) == result(whole[0])
-    assert (place / "000" / "samples.jsonl").stat().st_mtime_ns == sampled
-    assert (place / "001" / "samples.jsonl").stat().st_mtime_ns == again
+    assert {path: path.stat().st_mtime_ns for path in sampled} == sampled  # never drawn twice
 
 
 def test_raft_tiny_finds_shorter_walks_round_by_round(tmp_path: Path) -> None:
@@ -193,6 +198,14 @@ def test_raft_tiny_finds_shorter_walks_round_by_round(tmp_path: Path) -> None:
     rounds = tmp_path / "raft-tiny" / "rounds"
     scores = [[row["score"] for row in rows(rounds / number / "selected.jsonl")] for number in ("000", "001")]
     assert sum(scores[1]) / len(scores[1]) > sum(scores[0]) / len(scores[0])
+
+
+def test_a_plan_says_of_every_stage_what_it_works_on(tmp_path: Path) -> None:
+    stages = {name: settings for name, _, settings in plan(PIPELINE, [f"prompts={data(tmp_path / 'data')}"])}
+    assert stages["rounds/001/samples"]["generate"] == "runs/staged/rounds/000/policy"
+    assert stages["rounds/001/scored"]["score"] == "runs/staged/rounds/001/samples.jsonl"
+    assert stages["rounds/001/selected"]["select"] == "runs/staged/rounds/001/scored.jsonl"
+    assert (stages["rounds/001/selected"]["collect"], stages["rounds/001/samples"]["round"]) == ("local", 1)
 
 
 ALONE = """

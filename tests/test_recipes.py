@@ -75,7 +75,7 @@ def test_the_stages_of_raft_have_the_settings_of_their_source() -> None:
     rates = [recipe.optim.learning_rate for recipe in (sft, reward, align)]
     assert (rates, align.optim.schedule) == ([2e-5, 3e-5, 2e-5], "constant")
     own = align.settings
-    assert (own.rollout_size, own.keep / own.num_samples, own.select) == (1024, 0.125, "local")
+    assert (own.rollout_size, own.keep / own.num_samples, own.collect) == (1024, 0.125, "local")
     assert align.train.steps == 20 * own.epochs * own.rollout_size // align.train.batch_size
     assert (own.epochs, own.temperature, align.data.max_prompt_length) == (4, 0.85, 256)
 

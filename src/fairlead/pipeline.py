@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from fairlead.errors import FairleadError, Interrupted, RunError
-from fairlead.pipeline_file import INPUTS, Pipeline, Stage, read_pipeline, require_inputs
+from fairlead.pipeline_file import INPUTS, MAKES_FOLDER, Pipeline, Stage, read_pipeline, require_inputs
 from fairlead.pipeline_verbs import VERBS, page, read_json
 from fairlead.tracking import RunDirectory, file_sha256, tree_sha256
 
@@ -133,7 +133,7 @@ def _do(
     why = "continuing, " if status == "continued" else "changed, again: " if before and not unchanged else ""
     say(f"{why}{stage.verb} {_title(stage.subject)}")
     marker = {"format_version": FORMAT_VERSION, "verb": stage.verb, "inputs": inputs, "output": None}
-    if stage.verb != "prepare":  # which makes its folder whole or not at all, and wants it empty
+    if stage.verb not in MAKES_FOLDER:
         run.write_json(MARKER, marker)
     started = time.monotonic()
     with _by_itself():
@@ -212,7 +212,7 @@ def _identity(value: Any, key: str, folders: Mapping[str, str]) -> Any:
         return value
     for folder, reference in folders.items():
         value = re.sub(rf"{re.escape(folder)}(?=/|$|\.jsonl$)", reference, value)
-    if key not in (*INPUTS, "algorithm") and "/" not in value:
+    if key not in (*INPUTS, "algorithm", "clean", "discard") and "/" not in value:
         return value
     path = Path(value)
     if re.fullmatch(r"[\w.]+:\w+", value) and not path.exists():
@@ -241,6 +241,7 @@ def _output(stage: Stage) -> str | None:
         return tree_sha256(folder / "model") if (folder / "model").is_dir() else None
     files = {
         "prepare": sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")]),
+        "merge": sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]),
         "cross_validate": [folder / "crossval.json"],
         "evaluate": [folder / "metrics.json"],
         "report": [page(stage)],
@@ -276,8 +277,8 @@ def _discard(stage: Stage, *, made_here: bool) -> None:
     folder = stage.folder
     if not made_here:
         present = [] if not folder.is_dir() else [path for path in folder.iterdir() if not path.name.startswith(".")]
-        # A prepared folder without a marker is a kill's leftover or a stranger: `prepare` tells them apart.
-        if stage.verb != "prepare" and (present or (folder.exists() and not folder.is_dir())):
+        # Such a folder without a marker is a kill's leftover or a stranger, which the verb tells apart.
+        if stage.verb not in MAKES_FOLDER and (present or (folder.exists() and not folder.is_dir())):
             raise RunError(f"{folder} was not made by this pipeline", "move it away, or choose another name=...")
         if stage.result.is_file():
             raise RunError(f"{stage.result} was not made by this pipeline", "move it away, or choose another name=...")

@@ -42,14 +42,14 @@ def test_local_keeps_the_best_of_each_prompt_the_first_of_equals() -> None:
 
 def test_top_keeps_a_share_of_the_round() -> None:
     experience = _experience([[0.1, 0.9, 0.3], [2.0, 1.5, -1.0]])
-    assert _kept(experience, select="top") == [False, False, False, True, True, False]
-    assert _kept(experience, select="top", share=0.5) == [False, True, False, True, True, False]
+    assert _kept(experience, collect="top") == [False, False, False, True, True, False]
+    assert _kept(experience, collect="top", share=0.5) == [False, True, False, True, True, False]
 
 
 def test_a_constant_added_to_the_reward_changes_nothing() -> None:
     scores = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).tolist()
     moved = [[score - 14.4 for score in row] for row in scores]
-    for settings in ({}, {"select": "top"}, {"keep": 3}):
+    for settings in ({}, {"collect": "top"}, {"keep": 3}):
         assert _kept(_experience(scores), **settings) == _kept(_experience(moved), **settings)
 
 
@@ -122,7 +122,7 @@ def test_one_sample_a_prompt_is_sft_on_samples() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"select": "top", "keep": 2}, {"share": 0.5}, {"keep": 9}, {"num_samples": 0}, {"discard": ["emptyy"]}],
+    [{"collect": "top", "keep": 2}, {"share": 0.5}, {"keep": 9}, {"num_samples": 0}, {"discard": ["emptyy"]}],
 )
 def test_what_does_not_go_together_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):

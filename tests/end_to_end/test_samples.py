@@ -300,8 +300,8 @@ def _scored(scores: list[list[float | None]]) -> list[dict[str, Any]]:
     [
         ([], ["r01", "r10"]),
         (["keep=2"], ["r00", "r01", "r10", "r12"]),
-        (["select=top", "share=0.5"], ["r10", "r11", "r12"]),
-        (["select=top"], ["r10", "r12"]),
+        (["collect=top", "share=0.5"], ["r10", "r11", "r12"]),
+        (["collect=top"], ["r10", "r12"]),
         (["discard=[{contains: {part: '10'}}]"], ["r01", "r12"]),
     ],
 )
@@ -335,7 +335,7 @@ def test_what_is_selected_is_learned_as_demonstrations(fairlead: Command, tmp_pa
         ),
         (["clean=[strip]"], 2, ["clean changes texts", "hint: give clean to fairlead score"]),
         (["keep=0"], 2, ["keep", "got 0"]),
-        (["share=0.5"], 2, ["share is for select=top"]),
+        (["share=0.5"], 2, ["share is for collect=top"]),
         (["kep=2"], 2, ["kep is no setting of select", "did you mean 'keep'?"]),
     ],
 )

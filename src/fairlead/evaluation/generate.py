@@ -8,9 +8,10 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,11 +45,13 @@ OTHERS = (
     *(f"model.{name}" for name in ("device", "dtype", "tokenizer", "quantize", "adapter", "attention", "kernels")),
 )
 """Settings of a recipe that mean something here."""
+SAY_EVERY = 10.0
+"""Seconds between words on how far it is."""
 
 
 class GenerateSettings(DrawSettings):
-    rollout_size: int | None = Field(default=None, ge=1)
-    """Prompts of one round of an online algorithm; null: all of them, in their order."""
+    rollout_size: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """Prompts of one round of an online algorithm, or all, in its order; null: all, in their own order."""
     round: int = Field(default=0, ge=0)
     """Which of its rounds: what prompts it takes, and what it draws."""
     reward: RewardSource | None = None
@@ -162,9 +165,10 @@ def _sampled(
     fitting, lengths = renderer.prompts(records)
     prompts = [prompt for prompt, _ in fitting]
     if own.rollout_size is not None:
-        if own.rollout_size > len(prompts):
-            say(f"there are {len(prompts)} prompts for rounds of {own.rollout_size}: each round takes all of them")
-        size = min(own.rollout_size, len(prompts))
+        size = len(prompts) if own.rollout_size == "all" else own.rollout_size
+        if size > len(prompts):
+            say(f"there are {len(prompts)} prompts for rounds of {size}: each round takes all of them")
+        size = min(size, len(prompts))
         prompts = round_prompts(prompts, size, own.round, recipe.seed)
     device = pick_device(recipe.model.device)
     base = load_base(recipe.model, tokenizer, template, seed=0, device=device)
@@ -184,8 +188,21 @@ def _sampled(
         num_samples=number,
         seed=recipe.seed,
         rows=own.rollout_rows,
+        after_chunk=_Progress(number * len(prompts), say),
     )
     return rollouts, renderer, dict(lengths.dropped)
+
+
+class _Progress:
+    """Says now and then how many of the samples there are."""
+
+    def __init__(self, wanted: int, say: Callable[[str], None]) -> None:
+        self._wanted, self._say, self._last = wanted, say, time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        if time.monotonic() - self._last > SAY_EVERY:
+            self._say(f"{number:,} of {self._wanted:,} samples")
+            self._last = time.monotonic()
 
 
 def _identity(recipe: Recipe, prompts: Sequence[Prompt]) -> str:

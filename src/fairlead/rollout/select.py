@@ -15,19 +15,19 @@ from fairlead.rollout.screen import ScreenSettings, share_empty
 
 
 class SelectSettings(ScreenSettings):
-    select: Literal["local", "top"] = "local"
+    collect: Literal["local", "top"] = "local"
     """local: the best of each prompt; top: the best of the whole round."""
     keep: int | None = Field(default=None, ge=1)
-    """With select: local, how many of each prompt's responses; 1 when not given."""
+    """With collect: local, how many of each prompt's responses; 1 when not given."""
     share: float | None = Field(default=None, gt=0, le=1)
-    """With select: top, the share of all responses; as many as there are prompts when not given."""
+    """With collect: top, the share of all responses; as many as there are prompts when not given."""
 
     @model_validator(mode="after")
     def _one_way(self) -> SelectSettings:
-        if self.select == "local" and self.share is not None:
-            raise ValueError("share is for select=top; with select=local, keep says how many of each prompt")
-        if self.select == "top" and self.keep is not None:
-            raise ValueError("keep is for select=local; with select=top, share says how much of the round")
+        if self.collect == "local" and self.share is not None:
+            raise ValueError("share is for collect=top; with collect=local, keep says how many of each prompt")
+        if self.collect == "top" and self.keep is not None:
+            raise ValueError("keep is for collect=local; with collect=top, share says how much of the round")
         return self
 
 
@@ -40,7 +40,7 @@ def select(
     known = ~keys.isnan()
     empty = share_empty(known, numbers, settings, discarded)
     ranked = torch.where(known, keys, -torch.inf)
-    if settings.select == "local":
+    if settings.collect == "local":
         rows = torch.nn.utils.rnn.pad_sequence(list(ranked.split(list(numbers))), True, -torch.inf)
         inside = torch.arange(rows.shape[1])[None] < torch.tensor(numbers)[:, None]
         keep = best(rows, settings.keep or 1)[inside]

@@ -55,8 +55,10 @@ class RolloutStore:
         num_samples: int,
         seed: int,
         rows: int,
+        after_chunk: Callable[[int], None] = lambda _: None,
     ) -> list[Rollout]:
-        """The rollouts of a round, ``rows`` prompts a chunk; what was sampled before is read back."""
+        """The rollouts of a round, ``rows`` prompts a chunk; what was sampled before is read back. ``after_chunk`` is
+        told how many there are."""
         rollouts: list[Rollout] = []
         key = (seed, "rollout", round_number)
         for number, start in enumerate(range(0, len(prompts), rows)):
@@ -67,6 +69,7 @@ class RolloutStore:
 
             asked = [prompt for prompt in part for _ in range(num_samples)]
             rollouts += self.chunk(round_number, number, asked, sample)
+            after_chunk(len(rollouts))
         return rollouts
 
     def has(self, round_number: int) -> bool:
