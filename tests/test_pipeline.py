@@ -152,6 +152,24 @@ def test_the_summary_holds_the_stages_and_the_metrics_of_the_models_evaluated(fi
     assert "<html" in (folder / "report.html").read_text()
 
 
+def test_an_adapter_is_merged_for_the_stages_after_it_and_not_twice(again, tmp_path):
+    adapted = {"train": {"algorithm": "sft"}, "model": {"path": "${pretrain}", "adapter": {"rank": 2}}, **COMMON}
+    source = changed(evaluation=None, report=None, reward=None, sft=adapted, merged={"merge": "${sft}"})
+    source["stages"]["next"] = {"train": {"algorithm": "sft"}, "model.path": "${merged}", **COMMON}
+    folder = tmp_path / "sums" / "merged"
+    assert again(source=source) == {"prepared": "skipped", "pretrain": "skipped"} | dict.fromkeys(
+        ("sft", "merged", "next"), "ran"
+    )
+    assert (folder / "merge.json").is_file()
+    assert again(source=source)["merged"] == "skipped"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    (folder / ".stage.json").unlink()  # a kill between the merge and its marker
+    found = again(source=source)
+    assert (found["merged"], found["next"]) == ("ran", "skipped")
+    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert again("stages.merged.dtype=bfloat16", source=source)["next"] == "ran"
+
+
 def test_a_cross_validation_stands_in_the_summary_and_is_skipped_when_done(again):
     folds = {"cross_validate": {"algorithm": "reward"}, "model.path": "${pretrain}", "folds": 2, **COMMON}
     source = changed(evaluation=None, report=None, sft=None, reward=None, folds=folds)

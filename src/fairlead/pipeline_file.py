@@ -14,15 +14,18 @@ from fairlead.config_resolve import flatten
 from fairlead.data.sources import format_of, require
 from fairlead.errors import ConfigError
 
-VERBS = ("prepare", "train", "cross_validate", "evaluate", "report", "generate", "score", "select")
+VERBS = ("prepare", "train", "merge", "cross_validate", "evaluate", "report", "generate", "score", "select")
 WRITES_FILE = ("generate", "score", "select")
 """Verbs whose result is one file and not a folder."""
-SEEDLESS = ("report", "score", "select")
+MAKES_FOLDER = ("prepare", "merge")
+"""Verbs that make their folder whole or not at all, and know one that they have made."""
+SEEDLESS = ("merge", "report", "score", "select")
 OWN_KEYS = ("name", "directory", "seed", "stages")
 ROUND_VALUES = ("previous", "round")
 """What a repeated stage may refer to besides: the last stage of the time before, and the number of the time."""
 INPUTS = (
     *("path", "eval_path", "text", "tokenizer", "reward", "watch", "prompts", "pairs", "demonstrations", "scores"),
+    "merge",
     *WRITES_FILE,
 )
 """Settings that name files, folders or functions: the last part of their key, or a part before it."""

@@ -37,6 +37,13 @@ def _train(stage: Stage) -> Resolved:
     return resolved.as_dict(), partial(_run_stage, resolved, RunDirectory(stage.folder))
 
 
+def _merge(stage: Stage) -> Resolved:
+    from fairlead.models.merge import merge
+
+    settings = nest(stage.settings)
+    return {"merge": stage.subject, **settings}, _bind(merge, settings, run=stage.subject, out=stage.folder)
+
+
 def _cross_validate(stage: Stage) -> Resolved:
     from fairlead.evaluation import cross_validate
 
@@ -103,6 +110,7 @@ def _select(stage: Stage) -> Resolved:
 VERBS: dict[str, Callable[[Stage], Resolved]] = {
     "prepare": _prepare,
     "train": _train,
+    "merge": _merge,
     "cross_validate": _cross_validate,
     "evaluate": _evaluate,
     "report": _report,
