@@ -114,6 +114,19 @@ def test_each_evaluation_measures_variety_length_discards_and_the_perplexity_of_
     assert rows[0]["eval/perplexity"] == pytest.approx(math.exp(_values(sft, "eval/loss")[0]), rel=1e-4)
 
 
+def test_a_watched_reward_is_measured_in_each_round_of_one_response_to_each_prompt(tmp_path: Path) -> None:
+    watched = {"raft.watch": {"again": "tests.end_to_end.hooks:two_levels"}, "raft.watch_rounds": True}
+    result = _train("raft", tmp_path, "two_levels", **watched, **{"raft.discard": [{"contains": {"part": "e"}}]})
+    rows = _rows(result.path / "rounds" / "000" / "scored.jsonl")
+    first: dict[str, float] = {}
+    for row in rows:
+        if "discarded" not in row:
+            first.setdefault(row["prompt"], row["score"])
+    assert len(first) < len(rows) and any("discarded" in row for row in rows)
+    mean = sum(first.values()) / len(first)
+    assert _values(result, "rollout/watched/again")[0] == pytest.approx(mean)
+
+
 def test_an_evaluation_has_a_temperature_of_its_own(tmp_path: Path) -> None:
     """Cold, the draws of a prompt hardly differ; the rounds stay as warm as they were."""
     common = {"raft.eval_prompts": ["why does it stop?"], "raft.eval_samples": 16, "train.steps": 1}

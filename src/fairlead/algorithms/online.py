@@ -46,6 +46,8 @@ class SamplingSettings(DrawSettings):
     outputs, **columns), `rule:NAME`, a URL, or a list of such with weights."""
     watch: dict[str, RewardSource] = Field(default_factory=dict[str, RewardSource])
     """More rewards by name, measured on the held-out prompts and never optimised."""
+    watch_rounds: bool = False
+    """They are measured in each round as well, on one response to each prompt."""
     rollout_size: Annotated[int, Field(ge=1)] | Literal["all"] = 128
     """Prompts of one round; all: each round asks every prompt."""
     epochs: int = Field(default=4, ge=1)
@@ -100,6 +102,7 @@ def collecting(stage: Stage, *, sampler: Sampler | None = None, **more: Any) -> 
         models=stage.models,
         renderer=stage.renderer,
         screen=screen_of(stage),
+        watch=watched(stage) if settings.watch_rounds else {},
         store=RolloutStore(stage.folder / "rounds"),
         sampling=settings.sampling,
         num_samples=settings.num_samples,
@@ -142,6 +145,16 @@ def the_reward(stage: Stage) -> Reward:
     return stage.opened["reward"]
 
 
+def watched(stage: Stage) -> dict[str, Reward]:
+    """Those that are only measured, by name; opened once."""
+    if "watch" not in stage.opened:
+        stage.opened["watch"] = {
+            name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
+            for name, where in stage.settings.watch.items()
+        }
+    return stage.opened["watch"]
+
+
 def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     """Score, watched scores, KL to the reference, length and variety of responses to held-out prompts, what would be
     discarded of them, and the perplexity of the answers that the data have to these prompts."""
@@ -152,10 +165,7 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
     chosen = [prompt for prompt, _ in prompts]
     chosen = chosen if given else chosen[: settings.num_eval_prompts]
     sampler = open_sampler(settings.engine, stage.models, stage.renderer, rows=settings.rollout_rows)
-    rewards = {"score": the_reward(stage)} | {
-        name: open_reward(where, stage.renderer, device=stage.models.device, models=stage.models)
-        for name, where in settings.watch.items()
-    }
+    rewards = {"score": the_reward(stage)} | watched(stage)
     answers = _answers(stage, chosen)
     screen = screen_of(stage)
     sampling = settings.sampling

@@ -7,7 +7,7 @@ when a run continues in the middle of a round.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -132,6 +132,8 @@ class Collector:
     """Measure log-probabilities and values; else texts and scores are all that is wanted."""
     screen: Screen | None = None
     """Cleans responses, and says which are discarded; those are not scored."""
+    watch: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
+    """Rewards that are measured of one response to each prompt, the first that was not discarded."""
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """What the phases of the last round took; empty where it was read back."""
 
@@ -159,11 +161,17 @@ class Collector:
             with self._timed("measuring"):
                 experience = self.measure(rollouts, scores)
             finished = sum(row["finished"] for row in texts["samples"]) / len(rollouts)  # a cleaned text always ends
-            experience.measured.update({"finished": finished, **shares_of(reasons)})
+            experience.measured.update({"finished": finished, **shares_of(reasons), **self._watched(rollouts, reasons)})
             texts["scored"] = list(scored_rows(samples, rollouts, scores, reasons))
             self.store.save(round_number, experience.tensors(), texts)
         tensors, digest = self.store.load(round_number)
         return replace(Experience.from_tensors(tensors), number=round_number), digest
+
+    def _watched(self, rollouts: Sequence[Rollout], reasons: Sequence[str | None]) -> dict[str, float]:
+        left = [i for i, reason in enumerate(reasons) if reason is None]
+        first = {i // self.num_samples: rollouts[i] for i in reversed(left)}
+        asked = [first[prompt] for prompt in sorted(first)]
+        return {f"watched/{name}": sum(reward(asked).values) / len(asked) for name, reward in self.watch.items()}
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
