@@ -27,6 +27,8 @@ VERBS = {
     "inspect",
     "pipeline",
     "evaluate",
+    "generate",
+    "select",
     "score",
     "merge",
     "push",
@@ -78,7 +80,9 @@ def test_help_lists_every_verb_and_imports_no_torch() -> None:
 def test_the_help_of_each_verb_names_its_options(fairlead_command: Command) -> None:
     for verb in VERBS:
         text, _ = fairlead_command(verb, "--help")
-        assert ("--out" in text) == (verb in ("prepare", "score", "merge", "import", "report", "demo"))
+        assert ("--out" in text) == (
+            verb in ("prepare", "generate", "score", "select", "merge", "import", "report", "demo")
+        )
         assert ("--dry-run" in text) == (verb in ("train", "pipeline"))
         assert ("--json" in text) == (verb != "report")
 
