@@ -4,8 +4,11 @@ from typing import Any, get_args
 
 import pytest
 
+from fairlead.config import FilterSection
 from fairlead.data.convert import PLURALS, convert, sources_of, targets_of, unusable
+from fairlead.data.filters import apply_filters
 from fairlead.data.formats import RecordType
+from fairlead.data.sources import Counts
 from fairlead.types import Demonstration, Labelled, Message, Preference, Prompt, Ranking, Record, Text
 
 TOOLS = ({"type": "function", "function": {"name": "f"}},)
@@ -41,6 +44,24 @@ CALL: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "fu
 )
 def test_a_record_becomes_the_wanted_kind_or_says_why_not(record: Record, wanted: RecordType, converted: Any) -> None:
     assert convert([record], wanted) == converted
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        (PAIR, "good"),
+        (Ranking("q", ("best", "worst")), "best"),
+        (Demonstration("q", CALL, TOOLS), CALL),
+        (Labelled("q", "a", True), "a"),
+        (Labelled("q", "a", False), None),
+    ],
+)
+def test_a_prompt_knows_the_good_answer_of_its_row_and_is_no_other_prompt_for_it(record: Record, answer: Any) -> None:
+    (prompt,) = convert([record], Prompt)
+    assert isinstance(prompt, Prompt) and prompt.answer == answer
+    assert prompt == Prompt("q", tools=prompt.tools)
+    other = Prompt("q", tools=prompt.tools, answer="another")
+    assert apply_filters([prompt, other], FilterSection(dedupe="exact"), Counts()) == [prompt]
 
 
 def test_samples_of_one_prompt_are_one_prompt() -> None:

@@ -230,7 +230,7 @@ def duplicates(records: Sequence[Record], similarity: float | None) -> dict[int,
 
 
 def _identity(record: Record) -> bytes:
-    values = [type(record).__name__, *(getattr(record, field.name) for field in fields(record))]
+    values = [type(record).__name__, *(getattr(record, field.name) for field in fields(record) if field.compare)]
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
