@@ -54,10 +54,11 @@ def test_in_fp32_the_gradients_agree_within_one_in_a_hundred_thousand(architectu
     assert relative_error(got, wanted) < 1e-5
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    _, with_it = _measure("llama", torch.float32, packed=True, checkpointing=True)
-    _, without = _measure("llama", torch.float32, packed=True, checkpointing=False)
-    assert all(torch.equal(with_it[name], without[name]) for name in without)
+def test_checkpointing_changes_no_gradient_but_by_rounding() -> None:
+    """Without it the last MLP computes fewer rows at once."""
+    _, with_it = _measure("llama", torch.float64, packed=True, checkpointing=True)
+    _, without = _measure("llama", torch.float64, packed=True, checkpointing=False)
+    assert relative_error(with_it, without) < 1e-13
 
 
 def test_forest_logprobs_are_those_of_plain_transformers_on_each_sequence() -> None:

@@ -19,6 +19,7 @@ from fairlead.models.adapters import StartAdapter, activate, adapter_parameters,
 from fairlead.models.attention import Forest
 from fairlead.models.forms import Forms, ValueTrunk
 from fairlead.models.heads import RewardHeads, ScalarHead, trunk_width
+from fairlead.models.last_layer import last_mlp_at, read_places
 from fairlead.models.lm_head import head_logprobs, head_statistics, readout, tensors_of
 from fairlead.models.load import Base, read_meta
 from fairlead.models.offload import offloaded
@@ -93,6 +94,7 @@ class Models(nn.Module):
         self._of = {role: self._place(role, made) for role in self.roles}
         if compared:
             _switch_dropout_off(self)
+        self._recomputes = gradient_checkpointing
         if gradient_checkpointing:
             for network in {id(network): network for network, _ in self._of.values()}.values():
                 _recompute_activations(network)
@@ -208,7 +210,8 @@ class Models(nn.Module):
         """Compute the fields ``needs`` names, of those of `Outputs`, for the role in use. ``uniform``: see `Pass`."""
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
-        with kept, self.autocast():
+        read = read_places(batch, tokens=bool(needs - {"scores"}), ends="scores" in needs)
+        with kept, self.autocast(), self._reading(network, read, batch):
             hidden = self._trunk(network, batch)
         outputs: dict[str, Tensor] = {}
         if needs - {"scores"}:
@@ -260,6 +263,11 @@ class Models(nn.Module):
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the trunk's layers multiply in the type that they are trained in."""
         return contextlib.nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
+
+    def _reading(self, network: Any, places: Tensor, batch: TokenBatch) -> contextlib.AbstractContextManager[None]:
+        if self._recomputes:  # later, when this would be over
+            return contextlib.nullcontext()
+        return last_mlp_at(network, places, batch.input_ids.numel())
 
     def _trunk(self, network: Any, batch: TokenBatch) -> Tensor:
         """Last hidden states [B, T, H]."""
