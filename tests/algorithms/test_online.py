@@ -345,6 +345,13 @@ def test_scores_are_scaled_by_the_rounds_so_far_and_then_clipped() -> None:
     torch.testing.assert_close(shaper(_made_up(scores=second)).scores, wanted)
 
 
+def test_a_baseline_is_taken_off_the_score_after_it_was_clipped_and_a_person_reads_the_score_itself() -> None:
+    settings = ppo.Settings(kl_coef=0.0, reward_clip=1.5, reward_baseline=0.5, missing_eos_penalty=0.25)
+    shaped = Shaper(settings)(_made_up())
+    assert shaped.rewards.sum(1).tolist() == [1.0, 0.25]  # scores 2 and 1, the second cut off
+    assert shaped.metrics["objective/scores"] == 1.5
+
+
 def test_scores_scaled_by_the_first_round_stay_in_its_unit() -> None:
     shaper = Shaper(ppo.Settings(kl_coef=0.0, reward_scaling="first", reward_center=True))
     first, second = torch.tensor([1.0, 3.0]), torch.tensor([11.0, 5.0])
