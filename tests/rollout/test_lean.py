@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families import CONFIGS, prepared
-from tests.tiny import CPU, scatter, tokenizer
+from tests.tiny import CPU, models, scatter, tokenizer
 
 from fairlead.config import AdapterSection
 from fairlead.data.render import Renderer
@@ -43,6 +43,19 @@ def _with_biases() -> Base:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     return prepare(model, tokenizer(), None, CPU)
+
+
+@pytest.mark.parametrize("text", ["a", "why?"])
+def test_a_prompt_read_alone_has_the_responses_it_has_beside_others_even_if_it_is_one_token(text: str) -> None:
+    made = models(("policy",))
+    scatter(made, 0.2)
+    sampler = NativeSampler(made, Renderer(tokenizer(), template="plain", max_length=200))
+    alone, beside = (
+        sampler.generate([Prompt(each) for each in prompts], sampling=Sampling(8), key=(0,), num_samples=2)[:2]
+        for prompts in ([text], [text, "lamp"])
+    )
+    assert len(alone[0].prompt_ids) == 1 or text != "a"
+    assert [each.response_ids for each in alone] == [each.response_ids for each in beside]
 
 
 def test_the_families_that_have_lean_layers() -> None:

@@ -55,7 +55,7 @@ class LeanLayer:
         self._products: tuple[Product, ...] | None = None
 
     def __call__(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        if hidden_states.shape[1] > 1:
+        if hidden_states.shape[1] > 1 or given.get("forest") is not None:
             return self._plain(hidden_states, **given)
         if self._products is None:
             self._products = self._packed(len(hidden_states))
