@@ -221,6 +221,22 @@ def test_reference_log_probabilities_are_kept_and_read_again(tmp_path: Path, mon
         run("other")
 
 
+@pytest.mark.parametrize(("algorithm", "each"), [("dpo", 1), ("kto", 2)])
+def test_the_reference_is_asked_for_what_the_steps_read_alone(
+    algorithm: str, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KTO reads a prompt with a mismatched response beside each of its own."""
+    measured: list[int] = []
+    plain = reference.measure
+    monkeypatch.setattr(reference, "measure", lambda *given: measured.append(len(given[2])) or plain(*given))
+    base = fairlead.train({"algorithm": "pretrain"}, settings("pretrain", tmp_path, **{"model.scratch": SCRATCH}),
+                          data=ROWS["pretrain"]).path  # fmt: skip
+    more = {"model.path": str(base), "train.steps": 2, "train.batch_size": 3, "data.eval_fraction": 0}
+    fairlead.train({"algorithm": algorithm}, settings(algorithm, tmp_path, **more), data=ROWS[algorithm])
+    assert len(ROWS[algorithm]) > 6
+    assert sum(measured) == 6 * each
+
+
 def test_a_loss_that_is_none_is_an_error_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"dpo\.loss|dpo.*there is no loss 'sigmiod'"):
         fairlead.train({"algorithm": "dpo"}, settings("dpo", tmp_path, **{"dpo.loss": "sigmiod"}), data=PAIRS)

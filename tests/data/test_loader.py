@@ -113,3 +113,9 @@ def test_for_evaluation_every_example_comes_once_in_the_order_given() -> None:
 
 def test_a_data_set_measures_nothing_itself() -> None:
     assert source().after_step({}) == {}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+def test_what_is_read_is_what_the_steps_yield(steps: int) -> None:
+    given = source(steps=steps)
+    assert given.read() == sorted({index for step in walk(given) for index in step})

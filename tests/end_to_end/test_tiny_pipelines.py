@@ -73,6 +73,22 @@ def test_stack_exchange_tiny_runs_from_the_raw_dumps_to_the_report(tmp_path: Pat
 
 
 @needs_data
+def test_stack_llama_tiny_runs_from_the_raw_dumps_over_a_merged_adapter_to_the_report(tmp_path: Path) -> None:
+    given = cut_down(tmp_path, "stackexchange")
+    small = {key: value for key, value in given.items() if key.split(".")[1:2] != ["folds"]} | {
+        key.replace("pretrain", "llama"): value for key, value in given.items() if ".pretrain." in key
+    }
+    small = {key: value for key, value in small.items() if ".pretrain." not in key}
+    summary = run_pipeline("stack-llama-tiny", {**small, "stages.ppo.ppo.shortest_limit": 4})
+    assert summary["status"] == "finished"
+    assert set(summary["models"]) == {"sft", "ppo", "dpo", "reward"}
+    folder = tmp_path / "tiny"
+    notes = [json.loads((folder / name / "manifest.json").read_text())["notes"] for name in ("ppo", "dpo")]
+    assert all(f"reference: {folder / 'merged'} with adapters off" in told for told in notes)
+    assert json.loads((folder / "merged" / "merge.json").read_text())["into"] == "original"
+
+
+@needs_data
 def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> None:
     data = Path(os.environ["FAIRLEAD_DATA"])
     small: dict[str, Any] = {
@@ -109,3 +125,55 @@ def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> N
     assert {len(row["scores"]) for row in watched} == {2}
     assert "eval/second" in json.loads((folder / "ppo" / "summary.json").read_text("utf-8"))["metrics"]
     assert (folder / "report.html").is_file()
+
+
+def test_random_walks_run_from_the_graph_to_the_evaluation(tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "directory": str(tmp_path),
+        "shared.steps": 2,
+        "shared.rounds.epochs": 1,
+        "shared.rounds.num_samples": 2,
+        "shared.rounds.eval_samples": 1,
+        "stages.pretrain.model.scratch.hidden_size": 16,
+        "stages.pretrain.model.scratch.num_layers": 1,
+        "stages.pretrain.model.scratch.num_heads": 2,
+        "stages.pretrain.train.steps": 2,
+        "stages.evaluation.draws": 1,
+    }
+    summary = run_pipeline("random-walks", small)
+    assert summary["status"] == "finished"
+    algorithms = ("ppo", "rloo", "grpo", "raft", "dpo")
+    assert list(summary["models"]) == ["pretrain", *algorithms]
+    for run in summary["models"].values():
+        assert 0 <= run["metrics"]["optimality"]["mean"] <= 1
+        assert run["metrics"]["optimality"]["n"] == 20
+    for name in algorithms[:4]:
+        lines = (tmp_path / "random-walks" / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        assert [row["step"] for row in map(json.loads, lines) if "eval/score" in row] == [0, 2]
+
+
+def test_arithmetic_runs_from_the_sums_to_the_report(tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "directory": str(tmp_path),
+        "stages.prepared.solved": 60,
+        "stages.prepared.unsolved": 20,
+        "stages.prepared.heldout": 10,
+        "stages.sft.model.scratch.hidden_size": 16,
+        "stages.sft.model.scratch.num_layers": 1,
+        "stages.grpo.train.batch_size": 4,
+        "stages.grpo.grpo.rollout_size": 8,
+        "stages.grpo.grpo.num_samples": 2,
+        "stages.grpo.grpo.num_eval_prompts": 4,
+        "stages.grpo.grpo.max_new_tokens": 16,
+        "stages.evaluation.num_prompts": 4,
+        "stages.evaluation.max_new_tokens": 16,
+    }
+    summary = run_pipeline("arithmetic", small | {f"stages.{stage}.train.steps": 2 for stage in ("sft", "grpo")})
+    assert summary["status"] == "finished"
+    for run in ("sft", "grpo"):
+        assert 0 <= summary["models"][run]["metrics"]["exact"]["mean"] <= 1
+    lines = (tmp_path / "arithmetic" / "grpo" / "metrics.jsonl").read_text("utf-8").splitlines()
+    evaluated = {row["step"]: row["eval/score"] for row in map(json.loads, lines) if "eval/score" in row}
+    assert evaluated.keys() == {0, 2}
+    assert set(evaluated.values()) <= {number / 4 for number in range(5)}  # of four held-out sums so many are right
+    assert (tmp_path / "arithmetic" / "report.html").is_file()

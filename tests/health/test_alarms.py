@@ -75,6 +75,12 @@ def test_each_alarm_is_raised_once_until_all_is_well_again(
     assert f"alarm at step 4: {name}: " in capsys.readouterr().out
 
 
+def test_rewards_are_zero_before_the_first_update_and_that_is_no_alarm(tmp_path: Path) -> None:
+    directory, zero = _directory(tmp_path), SOUND | {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
+    _told(Alarms(directory, print), [zero, SOUND, zero])
+    assert _raised(directory) == [(3, "rewards_stuck")]
+
+
 def test_an_alarm_shows_a_sample_of_the_newest_round_with_what_each_reward_says(tmp_path: Path) -> None:
     directory = _directory(tmp_path)
     for number, text in ((999, "old"), (1000, "####")):

@@ -225,8 +225,8 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
 def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetSource:
     trees, kept = stage.trees(records, split)
     margins = [records[i].margin if stage.settings.margin_coef else None for i in kept]
-    reference = None if stage.settings.sync_every else reference_logprobs(stage, trees)
-    return stage.dataset_source(
+    reference: list[list[Tensor]] | None = None
+    made = stage.dataset_source(
         [tree.num_tokens for tree in trees],
         lambda chosen: preference_batch(
             [trees[i] for i in chosen],
@@ -236,6 +236,9 @@ def _source(stage: Stage, records: Sequence[Preference], split: str) -> DatasetS
             reference_logprobs=None if reference is None else [row for i in chosen for row in reference[i]],
         ),
     )
+    if not stage.settings.sync_every:
+        reference = reference_logprobs(stage, trees, made.read() if split == "train" else None)
+    return made
 
 
 ALGORITHM = Algorithm(

@@ -34,7 +34,7 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
             hint="kto.loss=apo_zero needs none",
         )
     others = _mismatched(trees, stage.recipe.seed, stage.recipe.data.max_length) if mismatch else []
-    reference = reference_logprobs(stage, [*trees, *others]) if "reference" in stage.models.roles else None
+    reference: list[list[Tensor]] | None = None
 
     def made(rows: Sequence[Tree], chosen: Sequence[int], first: int, other: LabelledBatch | None) -> LabelledBatch:
         return labelled_batch(
@@ -49,7 +49,12 @@ def label_source(stage: Stage, records: Sequence[Labelled], split: str, *, misma
     def collate(chosen: Sequence[int]) -> LabelledBatch:
         return made(trees, chosen, 0, made(others, chosen, len(trees), None) if others else None)
 
-    return stage.dataset_source([tree.num_tokens for tree in trees], collate)
+    source = stage.dataset_source([tree.num_tokens for tree in trees], collate)
+    if "reference" in stage.models.roles:
+        read = source.read() if split == "train" else list(range(len(trees)))
+        both = [*read, *(len(trees) + i for i in read if others)]
+        reference = reference_logprobs(stage, [*trees, *others], both)
+    return source
 
 
 def _mismatched(trees: Sequence[Tree], seed: int, max_length: int) -> list[Tree]:

@@ -32,12 +32,16 @@ OP_VERSION = 1
 """Of how log-probabilities are computed; a new one makes old files useless."""
 
 
-def reference_logprobs(stage: Stage, trees: Sequence[Tree]) -> list[list[Tensor]]:
-    """For each tree one tensor [counted tokens] a response, on the CPU, in max(fp32, the model's type).
+def reference_logprobs(stage: Stage, trees: Sequence[Tree], read: Sequence[int] | None = None) -> list[list[Tensor]]:
+    """For each tree one tensor [counted tokens] a response, on the CPU, in max(fp32, the model's type). ``read``: the
+    trees that are wanted; the others have none.
 
     ``data.cache`` names the folder; null: the user's, for what takes long; none: nothing is kept. Raises DataError for
     a file that holds those of another model or of other data.
     """
+    if read is not None and len(read) < len(trees):
+        wanted = dict(zip(read, reference_logprobs(stage, [trees[i] for i in read]), strict=True))
+        return [wanted.get(i, []) for i in range(len(trees))]
     cache = stage.recipe.data.cache
     work = 2.0 * stage.models.parameter_counts()["total"] * sum(tree.num_tokens for tree in trees)
     folder = None

@@ -64,6 +64,13 @@ class DatasetSource:
         for group in micro_batches(self._sizes[first:last], self._budget(), packed=self._packed):
             yield self._collate([first + i for i in group])
 
+    def read(self) -> list[int]:
+        """The examples that all steps together read, in the order of the data."""
+        if self.num_steps >= self._steps_per_epoch:
+            return list(range(len(self._sizes)))
+        order = permutation(stream_key(self._seed, "order", 0), len(self._sizes))
+        return sorted(order[: self.num_steps * self._batch_size])
+
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {}
 

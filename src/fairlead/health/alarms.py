@@ -30,7 +30,7 @@ class Alarms:
             return
         start = {name: sum(seen) / len(seen) for name, seen in self._beginning.items()}
         for rule in self._rules:
-            if not all(name in metrics for name in rule.needs):
+            if progress.step < rule.since or not all(name in metrics for name in rule.needs):
                 continue
             message = rule.check(metrics, {**metrics, **start})
             if message is None:

@@ -22,6 +22,8 @@ class Rule:
     """The metrics it reads; it is silent on a step without one of them."""
     check: Callable[[Values, Values], str | None]
     """(this step's, the means of the beginning's) -> what is wrong, and what to do."""
+    since: int = 1
+    """The first step that it looks at: the metrics of step 1 are of the model as it was."""
 
 
 def _constant(now: Values, _: Values) -> str | None:
@@ -127,6 +129,6 @@ RULES: Sequence[Rule] = (
     Rule("length", ("rollout/length",), _length),
     Rule("entropy", ("policy/entropy",), _entropy),
     Rule("unfinished", ("rollout/finished",), _unfinished),
-    Rule("rewards_stuck", ("rewards/chosen", "rewards/rejected", "logps/chosen_change"), _stuck),
+    Rule("rewards_stuck", ("rewards/chosen", "rewards/rejected", "logps/chosen_change"), _stuck, since=2),
     Rule("chosen_falls", ("logps/chosen_change",), _chosen_falls),
 )
