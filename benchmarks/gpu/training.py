@@ -73,6 +73,9 @@ class Watched:
             yield batches
             self.steps[-1].seconds = machine.now(self.device) - began
 
+    def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return self.source.after_step(metrics)
+
     @property
     def timed(self) -> list[Step]:
         return self.steps[self.warmup :]
@@ -104,9 +107,6 @@ class Watched:
 
     def remake(self) -> list[Any]:
         return self.source.remake()
-
-    def take_metrics(self) -> dict[str, float]:
-        return self.source.take_metrics()
 
 
 class _Losses:

@@ -86,6 +86,13 @@ def test_frozen_layers_below_the_first_trained_one_keep_nothing(tmp_path: Path) 
     assert training_peaks(Models(made, ("policy",)), SFT, BATCH).kept < 0.2 * all_layers
 
 
+def test_a_loss_that_weighs_all_tokens_alike_is_followed_too(tmp_path: Path) -> None:
+    """Whether it does is asked of its gradient, which has no values here."""
+    made = Models(without_weights(base(), tmp_path), ("policy",))
+    peaks = training_peaks(made, Pass("policy", (), frozenset({"logprobs"}), uniform=True), BATCH)
+    assert peaks.kept == training_peaks(made, SFT, BATCH).kept
+
+
 def test_no_weights_are_made_and_no_gradient_stays(tmp_path: Path) -> None:
     made = Models(without_weights(base(), tmp_path), ("policy", "value"), adapter=AdapterSection(rank=4))
     training_peaks(made, Pass("policy", (), frozenset({"logprobs", "entropy", "values"})), BATCH)

@@ -183,7 +183,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = gradients
         hidden, weight, bias, reduced, up, targets, log_total, entropy = ctx.saved_tensors
         made: _Gradients | None = ctx.made
-        if made is not None and (ctx.of_rows or bool((grad_logprobs == grad_logprobs[:1]).all())):
+        if made is not None and (ctx.of_rows or _alike(grad_logprobs)):
             ctx.made = None  # it is written to
             return (*made.pulled(grad_logprobs, whole=not ctx.of_rows), *[None] * 6)
         inputs = (hidden, weight, bias, reduced, up)
@@ -208,6 +208,11 @@ class _TokenLogprobs(torch.autograd.Function):
             slope.scatter_add_(1, targets[part, None], pull.to(slope.dtype))
             made.add(part, _through(slope, ctx.form, bend))
         return (*made.found(), *[None] * 6)
+
+
+def _alike(pull: Tensor) -> bool:
+    """Whether all rows are pulled alike; without weights, as they were said to be."""
+    return pull.device.type == "meta" or bool((pull == pull[:1]).all())
 
 
 class _Gradients:

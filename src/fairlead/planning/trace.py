@@ -65,7 +65,7 @@ def decoding_peak(models: Models, rows: int, length: int) -> int:
     with torch.no_grad(), models.use("policy"), torch.device("meta"), _Fused(), _Live(models) as live:
         network = models.active_network()
         ids = torch.zeros(rows, length, dtype=torch.long)
-        seen = torch.ones(rows, 1, length, length, dtype=torch.bool) if models.forest else None
+        seen = torch.ones(rows, 1, length, length, dtype=torch.bool) if models.forest else torch.ones_like(ids)
         hidden = network.get_decoder()(
             input_ids=ids, position_ids=torch.zeros_like(ids), attention_mask=seen, use_cache=False
         ).last_hidden_state
