@@ -178,18 +178,7 @@ def _train(
         state.load(found)
         _say(f"continuing {directory.path} after step {clock.step} of {source.num_steps}")
     directory.truncate_after(clock.step if found is not None else -1)
-    log.add_sinks(
-        [
-            open_sink(
-                kind,
-                directory,
-                project=recipe.tracking.project,
-                name=directory.path.name,
-                settings=flatten(recipe.model_dump(mode="json")),
-            )
-            for kind in recipe.tracking.sinks
-        ]
-    )
+    log.add_sinks(_sinks(directory, recipe))
     console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
     samples, note = _Samples(directory, stage), BudgetNote(directory, stage.budget)
     observers: list[Observer] = [log, console, samples, note, alarms, patience, checkpointer]
@@ -231,6 +220,14 @@ def _train(
         with contextlib.suppress(RunError):
             directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
+
+
+def _sinks(directory: RunDirectory, recipe: Recipe) -> list[Any]:
+    settings = flatten(recipe.model_dump(mode="json"))
+    tracking, name = recipe.tracking, directory.path.name
+    return [
+        open_sink(kind, directory, project=tracking.project, name=name, settings=settings) for kind in tracking.sinks
+    ]
 
 
 def _due(recipe: Recipe, source: Source, measure: Callable[[], dict[str, float]]) -> Callable[[int], dict[str, float]]:

@@ -201,6 +201,7 @@ def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: flo
         temperature=temperature,
         budget=stage.budget.tokens,
         support_of=partial(select_support, drawn_from(rollouts), lengths),
+        others=("reference",),
     )
     pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
     return {"eval/kl": sum(float(k1(a, b).sum()) for a, b in pairs) / len(rollouts)}
@@ -214,7 +215,7 @@ def _answers(stage: Stage, prompts: Sequence[Prompt]) -> list[Tree]:
 
 def _perplexity(stage: Stage, answers: Sequence[Tree]) -> float:
     """exp of the mean NLL of the answers' tokens."""
-    measured = measure_tokens(stage.models, answers, temperature=1.0, budget=stage.budget.tokens)
+    measured = measure_tokens(stage.models, answers, temperature=1.0, budget=stage.budget.tokens, others=())
     logprobs = torch.cat(measured["behaviour_logprobs"]).double()
     return float((-logprobs.mean()).exp())
 

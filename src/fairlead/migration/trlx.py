@@ -177,28 +177,23 @@ def _rank_and_alpha(draft: Draft, prefix: str, library: str, **keys: tuple[str, 
 # --- length and learning rate --------------------------------------------------------------------------------------
 
 
-def _sft_steps(draft: Draft) -> float | None:
+def _sft_steps(draft: Draft, passes: float | None = None) -> float | None:
+    """``passes``: so many epochs of trlX's are one of ours."""
     total, epochs = draft.number("train.total_steps"), draft.number("train.epochs")
     if total is not None:
         draft.put("train.steps", total, "train.total_steps")
         if epochs is not None:
             draft.leave("train.epochs", "train.steps wins; trlX ends after the fewer of both")
-    elif epochs is not None:
+    elif epochs is not None and passes is None:
         draft.put("train.epochs", epochs, "train.epochs")
+    elif epochs is not None and passes is not None:
+        draft.put("train.epochs", math.ceil(epochs / passes), "train.epochs / method.n_improve_steps")
     return total
 
 
 def _rft_steps(draft: Draft) -> float | None:
     """An epoch of trlX is one improve step; ours is a round of them."""
-    total, epochs = draft.number("train.total_steps"), draft.number("train.epochs")
-    if total is not None:
-        draft.put("train.steps", total, "train.total_steps")
-        if epochs is not None:
-            draft.leave("train.epochs", "train.steps wins; trlX ends after the fewer of both")
-    elif epochs is not None:
-        improve = draft.seen_number("method.n_improve_steps") or 4
-        draft.put("train.epochs", math.ceil(epochs / improve), "train.epochs / method.n_improve_steps")
-    return total
+    return _sft_steps(draft, draft.seen_number("method.n_improve_steps") or 4)
 
 
 def _ppo_steps(draft: Draft) -> float | None:

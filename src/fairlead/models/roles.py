@@ -211,8 +211,8 @@ class Models(nn.Module):
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
         read = read_places(batch, tokens=bool(needs - {"scores"}), ends="scores" in needs)
-        with kept, self.autocast(), self._reading(network, read, batch):
-            hidden = self._trunk(network, batch)
+        with kept, self.autocast():
+            hidden = self._trunk(network, batch, read)
         outputs: dict[str, Tensor] = {}
         if needs - {"scores"}:
             rows, columns = batch.loss_mask.nonzero(as_tuple=True)
@@ -250,12 +250,12 @@ class Models(nn.Module):
         """KL(policy || reference) of the whole distributions that the counted tokens were drawn from, over their
         support where they have one -> [B, T] in nats, zero off the mask."""
         rows, columns = batch.loss_mask.nonzero(as_tuple=True)
-        found: list[Readout] = []
+        read, found = read_places(batch, tokens=True, ends=False), list[Readout]()
         for role in ("policy", "reference"):
             with self.use(role):
                 network = self.active_network()
                 with self.autocast():
-                    hidden = self._trunk(network, batch)
+                    hidden = self._trunk(network, batch, read)
                 found.append(readout(network, hidden[rows, batch.previous[rows, columns]]))
         kl = full_kl(*found, temperature=temperature, support=tensors_of(batch.support))
         return _spread(kl, batch, rows, columns)
@@ -264,13 +264,8 @@ class Models(nn.Module):
         """Inside, the trunk's layers multiply in the type that they are trained in."""
         return contextlib.nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
 
-    def _reading(self, network: Any, places: Tensor, batch: TokenBatch) -> contextlib.AbstractContextManager[None]:
-        if self._recomputes:  # later, when this would be over
-            return contextlib.nullcontext()
-        return last_mlp_at(network, places, batch.input_ids.numel())
-
-    def _trunk(self, network: Any, batch: TokenBatch) -> Tensor:
-        """Last hidden states [B, T, H]."""
+    def _trunk(self, network: Any, batch: TokenBatch, read: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, T, H]; of ``read``, places in the flattened [B, T], where no others matter."""
         if self.forest:
             given = {"attention_mask": _SEES_NOTHING.to(batch.input_ids.device), "forest": Forest.of(batch, self._way)}
         else:
@@ -279,7 +274,9 @@ class Models(nn.Module):
             given["inputs_embeds"] = self._noisy(network.get_input_embeddings()(batch.input_ids), batch)
         else:
             given["input_ids"] = batch.input_ids
-        return network.get_decoder()(position_ids=batch.position_ids, use_cache=False, **given).last_hidden_state
+        trims = read is not None and not self._recomputes  # what is recomputed is so later, when this is over
+        with last_mlp_at(network, read, batch.input_ids.numel()) if trims else contextlib.nullcontext():
+            return network.get_decoder()(position_ids=batch.position_ids, use_cache=False, **given).last_hidden_state
 
     def _noisy(self, embedded: Tensor, batch: TokenBatch) -> Tensor:
         """Uniform noise within alpha / sqrt(tokens of the sequence x width) on the embeddings [B, T, H]."""

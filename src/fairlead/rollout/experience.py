@@ -249,21 +249,22 @@ def measure_tokens(
     temperature: float,
     budget: int,
     support_of: Callable[[Sequence[int]], Support | None] = lambda _: None,
+    others: Sequence[str] = ("value", "reference"),
     entropy: bool = False,
     whole_kl: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """``behaviour_logprobs``, ``reference_logprobs`` and ``values`` (for the roles there are) of each response, and
-    ``entropy`` and ``whole_kl`` where asked for. ``support_of`` some responses says what their tokens were drawn
+    """``behaviour_logprobs``, of the ``others`` that there are ``reference_logprobs`` and ``values`` of each response,
+    and ``entropy`` and ``whole_kl`` where asked for. ``support_of`` some responses says what their tokens were drawn
     from."""
     wanted: list[tuple[str, dict[str, str]]] = [("policy", {"logprobs": "behaviour_logprobs"})]
     if entropy:
         wanted[0][1]["entropy"] = "entropy"
-    if "value" in models.roles:
+    if "value" in models.roles and "value" in others:
         if models.value_shares_trunk:
             wanted[0][1]["values"] = "values"
         else:
             wanted.append(("value", {"values": "values"}))
-    if "reference" in models.roles:
+    if "reference" in models.roles and "reference" in others:
         wanted.append(("reference", {"logprobs": "reference_logprobs"}))
     result: dict[str, list[Tensor]] = {name: [] for _, fields in wanted for name in fields.values()}
     if whole_kl:

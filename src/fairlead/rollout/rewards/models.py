@@ -4,6 +4,7 @@ were trained with: a model of its own, a role on the policy's base, or several a
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,7 +94,7 @@ class Heads:
         return parts
 
 
-class ModelReward:
+class ModelReward(ABC):
     """A trained reward. ``heads`` is none where it has one."""
 
     def __init__(
@@ -160,9 +161,9 @@ class ModelReward:
         scores = matrix[:, 0] if self.heads is None else self.heads.combined(matrix)
         return scores.sigmoid() if self._is_probability else scores
 
+    @abstractmethod
     def _forward(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """[rows, K]"""
-        raise NotImplementedError
 
 
 class ClassifierReward(ModelReward):

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -44,9 +45,9 @@ class _Source(Section):
         return keys
 
     @property
+    @abstractmethod
     def called(self) -> str:
         """What the source is called."""
-        raise NotImplementedError
 
 
 class ModelSource(_Source):
