@@ -274,8 +274,10 @@ class Models(nn.Module):
             given["inputs_embeds"] = self._noisy(network.get_input_embeddings()(batch.input_ids), batch)
         else:
             given["input_ids"] = batch.input_ids
-        trims = read is not None and not self._recomputes  # what is recomputed is so later, when this is over
-        with last_mlp_at(network, read, batch.input_ids.numel()) if trims else contextlib.nullcontext():
+        trimmed = contextlib.nullcontext()
+        if read is not None and not self._recomputes:  # what is recomputed is so later, when this is over
+            trimmed = last_mlp_at(network, read, batch.input_ids.numel())
+        with trimmed:
             return network.get_decoder()(position_ids=batch.position_ids, use_cache=False, **given).last_hidden_state
 
     def _noisy(self, embedded: Tensor, batch: TokenBatch) -> Tensor:
