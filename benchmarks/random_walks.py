@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "for seed in 0 1 2; do fairlead pipeline random-walks seed=$seed name=random-walks-$seed; done"
-ALGORITHMS = ("ppo", "rloo", "grpo", "raft", "dpo")
+ALGORITHMS = ("ppo", "rloo", "grpo", "raft", "online_dpo", "dpo")
 WANTED = 0.95
 SHOWN_EVERY = 16
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import gradients, models, relative_error
+from tests.tiny import base, gradients, models, relative_error, tokenizer
 
+import fairlead
 from fairlead.algorithms import dpo, online_dpo
 from fairlead.algorithms.shaping import Shaper, Unshaped
 from fairlead.data.pack import by_response, preference_batch, token_batch
@@ -104,6 +107,40 @@ def test_with_the_rounds_start_as_reference_the_first_step_raises_the_chosen_and
     difference = torch.stack([rows[good].sum() - rows[bad].sum() for good, bad in ((2, 1), (3, 4))]).sum()
     (-0.4 / 2 * difference / 2).backward()  # two pairs
     assert relative_error(gradients(made), gradients(plain)) < 1e-4
+
+
+@pytest.mark.parametrize(("reference", "fresh"), [("round", {0: 1.0, 4: 1.0}), ("start", {})])
+def test_a_round_says_when_its_reference_is_the_policy_itself(reference: str, fresh: Any, tmp_path: Path) -> None:
+    """Two rounds of four steps: the rewards are zero at the first of a round, and nobody is alarmed."""
+    settings = {
+        "run.directory": str(tmp_path),
+        "data.template": "plain",
+        "data.max_length": 32,
+        "train.batch_size": 1,
+        "train.steps": 8,
+    }
+    settings |= {"online_dpo.reference": reference, "online_dpo.rollout_size": 2, "online_dpo.epochs": 2}
+    settings |= {"online_dpo.max_new_tokens": 4, "online_dpo.pairs": "random", "train.log_every": 1, "threads": 1}
+    settings |= {"optim.learning_rate": 1e-2, "train.num_samples": 0, "tracking.console": False}
+    model = base("llama", hidden_size=16, num_layers=1, num_heads=2, context_length=64).model
+    rows = [{"prompt": "one two"}, {"prompt": "three four"}]
+    result = fairlead.train(
+        {"algorithm": "online_dpo"},
+        settings,
+        model=model,
+        tokenizer=tokenizer(),
+        data=rows,
+        reward=lambda samples, **_: [float(len(each)) + i / 10 for i, each in enumerate(samples)],
+    )
+    lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    print([(line["step"], line["rewards/chosen"], line.get("rewards/fresh_reference")) for line in lines])
+    assert {
+        line["step"] - 1: line["rewards/fresh_reference"] for line in lines if "rewards/fresh_reference" in line
+    } == fresh
+    for line in lines:
+        assert (line["rewards/chosen"] == 0) == (line["step"] - 1 in (fresh or {0})), line
+    alarms = result.path / "alarms.jsonl"
+    assert not alarms.exists() or "rewards_stuck" not in alarms.read_text("utf-8")
 
 
 def test_responses_that_were_cut_score_less() -> None:

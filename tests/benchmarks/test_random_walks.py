@@ -32,7 +32,7 @@ def finished(folder: Path) -> Path:
 
 def test_a_finished_pipeline_gives_each_algorithms_curve_and_the_first_step_that_passes(tmp_path: Path) -> None:
     made = {case["case"]: case for case in cases(finished(tmp_path))}
-    assert list(made) == ["ppo", "rloo", "grpo", "raft", "dpo"]
+    assert list(made) == ["ppo", "rloo", "grpo", "raft", "online_dpo", "dpo"]
     assert made["ppo"]["curve"] == {"0": 0.3, "8": 0.96, "16": 0.94, "24": 0.97}
     assert [made[name]["passed"] for name in ("ppo", "rloo", "dpo")] == [8, None, None]
     assert made["dpo"]["curve"] == {}

@@ -142,12 +142,12 @@ def test_random_walks_run_from_the_graph_to_the_evaluation(tmp_path: Path) -> No
     }
     summary = run_pipeline("random-walks", small)
     assert summary["status"] == "finished"
-    algorithms = ("ppo", "rloo", "grpo", "raft", "dpo")
+    algorithms = ("ppo", "rloo", "grpo", "raft", "online_dpo", "dpo")
     assert list(summary["models"]) == ["pretrain", *algorithms]
     for run in summary["models"].values():
         assert 0 <= run["metrics"]["optimality"]["mean"] <= 1
         assert run["metrics"]["optimality"]["n"] == 20
-    for name in algorithms[:4]:
+    for name in algorithms[:5]:
         lines = (tmp_path / "random-walks" / name / "metrics.jsonl").read_text("utf-8").splitlines()
         assert [row["step"] for row in map(json.loads, lines) if "eval/score" in row] == [0, 2]
 

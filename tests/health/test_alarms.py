@@ -81,12 +81,21 @@ def test_rewards_are_zero_before_the_first_update_and_that_is_no_alarm(tmp_path:
     assert _raised(directory) == [(3, "rewards_stuck")]
 
 
+def test_rewards_are_zero_where_a_round_takes_the_policy_as_its_reference_and_that_is_no_alarm(tmp_path: Path) -> None:
+    directory, zero = _directory(tmp_path), SOUND | {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
+    fresh = zero | {"rewards/fresh_reference": 1.0}
+    _told(Alarms(directory, print), [fresh, SOUND, fresh, SOUND, fresh, zero])
+    assert _raised(directory) == [(6, "rewards_stuck")]
+
+
 def test_an_alarm_shows_a_sample_of_the_newest_round_with_what_each_reward_says(tmp_path: Path) -> None:
     directory = _directory(tmp_path)
     for number, text in ((999, "old"), (1000, "####")):
         row: dict[str, Any] = {"prompt": "p", "response": text, "score": 1.5, "scores": {"a": 1.0, "rule:length": 0.5}}
         (directory.rounds / str(number)).mkdir(parents=True)
-        (directory.rounds / str(number) / "scored.jsonl").write_text(json.dumps(row) + "\n")
+        discarded = {"prompt": "p", "response": "", "score": None, "discarded": "empty"}
+        lines = [json.dumps(each) + "\n" for each in (discarded, row)]
+        (directory.rounds / str(number) / "scored.jsonl").write_text("".join(lines))
     _told(Alarms(directory, lambda _: None), [SOUND | {"objective/scores_std": 0.0}])
     message = json.loads(directory.alarms.read_text())["message"]
     assert "every response of the round scores 0.4" in message

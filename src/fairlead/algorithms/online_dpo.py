@@ -76,6 +76,8 @@ def estimate(experience: Experience, shaped: Shaped, *, settings: Settings, seed
     keep[chosen] = keep[rejected] = True
     reference = "reference_logprobs" if settings.reference == "start" else "behaviour_logprobs"
     metrics = {"online_dpo/pairs": len(chosen) / len(found), "online_dpo/prompts_without": empty}
+    if settings.reference == "round":
+        metrics["rewards/fresh_reference"] = 1.0
     if len(chosen):
         metrics |= {
             "online_dpo/chosen_scores": float(scores[chosen].mean()),

@@ -60,12 +60,14 @@ class Alarms:
 
 
 def _newest_sample(folder: Path) -> str:
-    """The first response of the newest round, with its score; of several rewards with each one's."""
+    """The first response of the newest round that was scored, with its score; of several rewards with each one's."""
     rounds = sorted(folder.glob("*/scored.jsonl"), key=lambda path: int(path.parent.name))
     if not rounds:
         return ""
     with rounds[-1].open(encoding="utf-8", errors="surrogatepass") as file:
-        row = json.loads(file.readline())
+        row = next((row for row in map(json.loads, file) if row["score"] is not None), None)
+    if row is None:
+        return ""
     scores = row.get("scores") or {"score": row["score"]}
     told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     return f"{row['response'][:120]!r} ({told}; round {rounds[-1].parent.name})"

@@ -103,7 +103,7 @@ def _unfinished(now: Values, start: Values) -> str | None:
 
 
 def _stuck(now: Values, _: Values) -> str | None:
-    if now["rewards/chosen"] != 0 or now["rewards/rejected"] != 0:
+    if now["rewards/chosen"] != 0 or now["rewards/rejected"] != 0 or now.get("rewards/fresh_reference"):
         return None
     return (
         "the rewards are exactly zero after a step: policy and reference are the same, so nothing trains (an adapter "
