@@ -19,11 +19,21 @@ from fairlead.data.render import Renderer
 from fairlead.data.sources import Counts
 from fairlead.errors import ConfigError
 from fairlead.models.adapters import StartAdapter
-from fairlead.models.load import Base, add_tokens, load_base, load_tokenizer, pick_device, prepare, tokenizer_for
+from fairlead.models.forms import RewardWeights
+from fairlead.models.load import (
+    Base,
+    add_tokens,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    prepare,
+    resolve_folder,
+    tokenizer_for,
+)
 from fairlead.models.precision import autocast_of, training_notes
 from fairlead.models.roles import Models
 from fairlead.planning.show import announce
-from fairlead.rollout.rewards import shared_reward
+from fairlead.rollout.rewards import ModelSource, shared_reward, sources
 from fairlead.training.budget import TokenBudget
 from fairlead.types import Algorithm, Prompt, Record, Text
 
@@ -128,25 +138,45 @@ def build_models(recipe: Recipe, algorithm: Algorithm[Any], base: Base, device: 
         offload_activations=section.offload_activations,
         seed=recipe.seed,
         autocast=autocast_of(section, device),
-        **_value_form(getattr(settings, "value", None), reward, why),
+        **_value_form(settings, reward, why),
     )
     if why:
         models.notes = (*models.notes, f"reward: a model of its own, since {why}")
     return models
 
 
-def _value_form(value: Any, reward: StartAdapter | None, why: str) -> dict[str, Any]:
+def _value_form(settings: Any, reward: StartAdapter | None, why: str) -> dict[str, Any]:
     """How the settings of a value say where it reads."""
+    value = getattr(settings, "value", None)
     if value is None:
         return {}
+    weights = None
     if value.start == "reward" and reward is None:
-        raise ConfigError(
-            "the value is to start as the reward, which does not stand on the policy's base"
-            + (f": {why}" if why else ""),
-            hint="give a reward trained with model.adapter on the same base, or start: policy",
-        )
+        weights = _reward_weights(settings.reward) if value.trunk == "model" else None
+        if weights is None:
+            raise ConfigError(
+                "the value is to start as the reward, which does not stand on the policy's base"
+                + (f": {why}" if why else ""),
+                hint="give a reward trained with model.adapter on the same base, or one of all weights and trunk: "
+                "model, or start: policy",
+            )
     trunk = value.trunk if value.trunk != "policy" else "shared" if value.trunk_gradient else "detached"
-    return {"value_trunk": trunk, "num_value_layers": value.num_layers or 1, "value_start": value.start}
+    return {
+        "value_trunk": trunk,
+        "num_value_layers": value.num_layers or 1,
+        "value_start": value.start,
+        "value_weights": weights,
+    }
+
+
+def _reward_weights(given: Any) -> RewardWeights | None:
+    """Of the first reward that is a model saved whole."""
+    for source in sources(given):
+        for path in source.paths if isinstance(source, ModelSource) else ():
+            folder = resolve_folder(path)
+            if folder is not None and not (folder / "adapter_config.json").is_file():
+                return RewardWeights(folder, 0.25 if source.use == "probability" else 1.0)
+    return None
 
 
 def renderer_for(recipe: Recipe, tokenizer: Any, template: str | None) -> Renderer:

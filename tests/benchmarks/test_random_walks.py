@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
-from benchmarks.random_walks import ALGORITHMS, cases, outcomes
+from benchmarks.random_walks import ALGORITHMS, ROOT, cases, draw, outcomes, progress, read_json
 
 
 def finished(folder: Path) -> Path:
@@ -47,3 +47,13 @@ def test_a_table_says_at_which_step_each_seed_passes_and_of_what_samples_nothing
         "| `rloo` | 0.500 | 0.500 | never |",
         "| `dpo` | 0.500 | 0.500 |  |",
     ]
+
+
+def test_the_page_shows_what_is_committed(tmp_path: Path) -> None:
+    result = read_json(ROOT / "benchmarks" / "results" / "random-walks.json")
+    page = (ROOT / "docs" / "concepts" / "random-walks.md").read_text("utf-8")
+    for shown in (outcomes(result), progress(result), result["commit"]):
+        assert shown in page
+    draw(result, tmp_path / "drawn.svg")
+    committed = (ROOT / "docs" / "concepts" / "random-walks.svg").read_text("utf-8")
+    assert (tmp_path / "drawn.svg").read_text("utf-8") == committed

@@ -141,3 +141,20 @@ def test_each_form_of_value_and_reference_trains_under_ppo_and_saves_what_is_its
     assert rows[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["eval/kl"] != 0 and all(math.isfinite(row["loss"]) for row in rows[1:])
     assert {path.stem for path in (run / "model" / "value").glob("*")} == files
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER])
+def test_a_value_begins_as_a_reward_of_all_weights(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+    base = _run("pretrain", tmp_path, **{"model.scratch": SCRATCH, "data.template": "question-answer"})
+    reward = _run("reward", tmp_path, **{"model.path": str(base), "model.adapter": None})
+    value = {"trunk": "model", "start": "reward"}
+    ppo = _run(
+        "ppo",
+        tmp_path,
+        **{"model.path": str(base), "model.adapter": adapter, "ppo.reward": str(reward), "ppo.value": value},
+    )
+    assert f"value: a model of its own that begins as the reward {reward / 'model'}" in _notes(ppo)
+    value = {"trunk": "adapter", "start": "reward"}
+    more = {"model.path": str(base), "model.adapter": ADAPTER, "run.name": "again", "ppo.reward": str(reward)}
+    with pytest.raises(ConfigError, match="does not stand on the policy's base: it is a whole model"):
+        _run("ppo", tmp_path, **more, **{"ppo.value": value})

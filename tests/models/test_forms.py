@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fairlead.config import AdapterSection, ModelSection, QuantizeSection
 from fairlead.data.pack import token_batch
@@ -21,6 +22,7 @@ from fairlead.data.render import Tree
 from fairlead.errors import ModelError
 from fairlead.models.adapters import StartAdapter
 from fairlead.models.export import save_model
+from fairlead.models.forms import RewardWeights
 from fairlead.models.load import Base, load_base, prepare
 from fairlead.models.roles import Models
 from tests.tiny import CPU, TREES, base, gradients, relative_error, scatter, tokenizer
@@ -252,6 +254,49 @@ def test_a_value_that_starts_as_the_reward_gives_its_scores_before_training(save
     torch.testing.assert_close(values, scores, atol=1e-6, rtol=0)
     assert not any(".reward." in name for name in made.trainable)
     assert any(".value." in name for name in made.trainable)
+
+
+def _whole_reward(folder: Path, **fields: Any) -> Path:
+    made = Models(base(**fields), ("reward",))
+    scatter(made, seed=5)
+    save_model(made, folder, template="plain")
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [None, SECTION])
+@pytest.mark.parametrize("slope", [1.0, 0.25])
+def test_a_value_starts_as_a_reward_with_weights_of_its_own(
+    adapter: AdapterSection | None, slope: float, saved: Path, tmp_path: Path
+) -> None:
+    folder = _whole_reward(tmp_path / "reward")
+    weights = RewardWeights(folder, slope)
+    form: dict[str, Any] = {"value_trunk": "model", "value_start": "reward", "value_weights": weights}
+    made = Models(load(saved / "base"), ROLES, adapter=adapter, **form)
+    rows = [Tree((3, 4, 5), ((6, 7, 8),)), Tree((9,), ((4, 4),))]
+    judged = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        ids = [torch.tensor([[*tree.prompt, *tree.responses[0]]]) for tree in rows]
+        scores = torch.cat([judged(each, torch.ones_like(each)).logits[0] for each in ids])
+    longer = [Tree((*tree.prompt, *tree.responses[0]), ((1,),)) for tree in rows]
+    batch = token_batch(longer, packed=False, pad_id=0)
+    with torch.no_grad(), made.use("value"):
+        values = made(batch, VALUES).values[batch.loss_mask]
+    torch.testing.assert_close(values, slope * scores, atol=1e-6, rtol=1e-5)
+    assert any(name.startswith("value.") for name in made.trainable)
+    assert made.notes[-1] == f"value: a model of its own that begins as the reward {folder}"
+
+
+def test_a_value_does_not_start_as_a_reward_of_another_form_or_tokenizer(saved: Path, tmp_path: Path) -> None:
+    wide, other = _whole_reward(tmp_path / "wide", intermediate_size=96), _whole_reward(tmp_path / "other")
+    words = AutoTokenizer.from_pretrained(other)
+    words.add_tokens(["<another>"])
+    words.save_pretrained(other)
+    for folder, message in ((wide, "a model of another form"), (other, "their tokenizers differ")):
+        form: dict[str, Any] = {"value_start": "reward", "value_weights": RewardWeights(folder)}
+        with pytest.raises(ModelError, match=message):
+            Models(load(saved / "base"), ROLES, value_trunk="model", **form)
+        with pytest.raises(ModelError, match="needs a model of its own"):
+            Models(load(saved / "base"), ROLES, value_trunk="layers", **form)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -37,7 +37,8 @@ class ValueSettings(Section):
     """With trunk: layers, how many of them."""
     start: Literal["policy", "reward"] = "policy"
     """With trunk: adapter or model, the value's adapter begins as the policy's does and its head at zero; or both as
-    those of a reward that stands on the same base."""
+    those of a reward that stands on the same base. With trunk: model also as a reward of all weights, of the policy's
+    form and tokenizer."""
     warm_up_steps: int = Field(default=0, ge=0)
     """In the first steps the value alone learns: no advantage counts."""
 

@@ -6,19 +6,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fairlead.config import AdapterSection
 from fairlead.errors import ConfigError, ModelError
 from fairlead.models.adapters import Adapter, StartAdapter, add_adapters, decoder_layers, targets, train_also
-from fairlead.models.load import Base, read_meta
+from fairlead.models.heads import RewardHeads
+from fairlead.models.load import Base, load_tokenizer, read_meta
+from fairlead.models.pretrained import read_model
 from fairlead.types import ReferenceUse
 
 ValueTrunk = Literal["shared", "detached", "adapter", "layers", "model"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RewardWeights:
+    """A reward saved with all its weights."""
+
+    folder: Path
+    slope: float = 1.0
+    """Of what is made of its score, at a score of zero: 1/4 for the probability sigmoid(score)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,8 @@ class Forms:
     num_value_layers: int = 1
     value_start: Literal["policy", "reward"] = "policy"
     """The value's adapter and head begin as the policy's and at zero, or as those of ``reward``."""
+    value_weights: RewardWeights | None = None
+    """With value_trunk: model and value_start: reward, what the value's trunk and head begin as."""
     reward: StartAdapter | None = None
     """A saved adapter with its head, frozen: the role ``reward`` beside the others."""
     separate: bool = False
@@ -59,8 +73,11 @@ class Forms:
             )
         if self.reward is not None and is_full and roles:
             raise ModelError("a reward's adapter cannot stand on a base that is trained")
-        if self.value_start == "reward" and (self.reward is None or self.value_trunk not in ("adapter", "model")):
-            raise ModelError("a value that begins as the reward needs a shared reward and an adapter of its own")
+        if self.value_start == "reward" and self.value_weights is None:
+            if self.reward is None or self.value_trunk not in ("adapter", "model"):
+                raise ModelError("a value that begins as the reward needs a shared reward and an adapter of its own")
+        elif self.value_start == "reward" and self.value_trunk != "model":
+            raise ModelError("a value that begins as a reward with weights of its own needs a model of its own")
 
 
 @dataclass(slots=True)
@@ -74,6 +91,8 @@ class Networks:
     """The same."""
     adapters: dict[str, Adapter]
     """Those on ``main``, by name."""
+    value_score: Tensor | None = None
+    """The head [1, H] that the value's begins as, where it begins as a reward with weights of its own."""
 
 
 def build(base: Base, roles: tuple[str, ...], main: str, forms: Forms, *, dtype: torch.dtype, seed: int) -> Networks:
@@ -84,7 +103,7 @@ def build(base: Base, roles: tuple[str, ...], main: str, forms: Forms, *, dtype:
     adapters = {name: each for name, each in ((main, own), ("reward", judge)) if each is not None}
     if not adapters:
         _choose_trained(model, forms.num_layers_unfrozen, has_logprobs="policy" in roles)
-    reference = value = None
+    reference = value = score = None
     frozen = None if own is None or own.start is None else replace(own, trained=False)
     if "reference" in roles and (forms.separate or (own is None and forms.reference != "first")):
         fixed = () if forms.separate else [p for p in model.parameters() if not p.requires_grad]
@@ -102,10 +121,11 @@ def build(base: Base, roles: tuple[str, ...], main: str, forms: Forms, *, dtype:
             adapters["value"] = start
         else:
             value = _value_network(model, forms.num_value_layers if forms.value_trunk == "layers" else None)
+            score = None if forms.value_weights is None else _begin_as(value, forms.value_weights, base)
             value = value if start is None else _seeded(seed, lambda: add_adapters(value, {"value": start}, dtype))
     if adapters:
         model = _seeded(seed, lambda: add_adapters(base.model, adapters, dtype))
-    return Networks(model, reference, value, adapters)
+    return Networks(model, reference, value, adapters, score)
 
 
 def describe(networks: Networks, base: Base, forms: Forms, roles: Iterable[str]) -> tuple[str, ...]:
@@ -127,6 +147,8 @@ def describe(networks: Networks, base: Base, forms: Forms, roles: Iterable[str])
         else:
             form = "a frozen copy of all weights"
         found.append(f"reference: {form}" + ("; it follows the policy" if forms.reference == "moving" else ""))
+    if forms.value_weights is not None:
+        found.append(f"value: a model of its own that begins as the reward {forms.value_weights.folder}")
     if forms.reward is not None:
         found.append(f"reward: on the policy's base, {_frozen_words(forms.reward, base)}")
     return tuple(found)
@@ -205,6 +227,32 @@ def _value_network(model: Any, number: int | None) -> Any:
     for parameter in _last_layers(made, number, ""):
         parameter.requires_grad_(True)
     return made
+
+
+@torch.no_grad()
+def _begin_as(network: Any, start: RewardWeights, base: Base) -> Tensor | None:
+    """Give ``network`` the trunk of a saved reward; returns the reward's head [1, H] times its slope, of several their
+    mean. None on the meta device, where a run is planned. Raises ModelError for a reward of another form or another
+    tokenizer."""
+    folder = start.folder
+    if base.model.device.type == "meta":
+        return None
+    if load_tokenizer(str(folder)).get_vocab() != base.tokenizer.get_vocab():
+        raise ModelError(
+            f"the value cannot begin as the reward {folder}: their tokenizers differ",
+            hint="start: policy, or a reward trained from the policy's model",
+        )
+    reward = read_model(str(folder), network.dtype, base.model.device, kind="sequence classifier")
+    try:
+        network.base_model.load_state_dict(reward.base_model.state_dict())
+    except RuntimeError as error:
+        raise ModelError(
+            f"the value cannot begin as the reward {folder}, a model of another form: {str(error).splitlines()[-1]}",
+            hint="start: policy, or a reward trained from the policy's model",
+        ) from error
+    score = reward.score.weight
+    heads = RewardHeads.read(read_meta(folder), len(score), folder)
+    return start.slope * (score if heads is None else heads.mean(score.T)[None])
 
 
 def _copy(model: Any, *, shared: Iterable[nn.Parameter]) -> Any:

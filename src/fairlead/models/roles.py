@@ -33,7 +33,8 @@ class Models(nn.Module):
     Args:
         base: the loaded model, and the adapter to continue where it was saved as one.
         roles: of policy, reference, reward, value. The policy is the one trained, or the reward where there is none.
-        adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, reward, separate, reference:
+        adapter, num_layers_unfrozen, value_trunk, num_value_layers, value_start, value_weights, reward, separate,
+            reference:
             see `Forms`; with ``reward`` its role is added to the others.
         reward_heads: those of a reward that has several and is trained; a saved one brings its own.
         compared: the roles' outputs are compared with one another, so dropout is off everywhere.
@@ -52,6 +53,7 @@ class Models(nn.Module):
         value_trunk: ValueTrunk = "shared",
         num_value_layers: int = 1,
         value_start: Literal["policy", "reward"] = "policy",
+        value_weights: forms.RewardWeights | None = None,
         reward: StartAdapter | None = None,
         separate: bool = False,
         reference: ReferenceUse = "live",
@@ -70,6 +72,7 @@ class Models(nn.Module):
             value_trunk,
             num_value_layers,
             value_start,
+            value_weights,
             reward,
             separate,
             reference,
@@ -88,6 +91,8 @@ class Models(nn.Module):
         self.heads, self.reward_heads = _heads(base.model, self.roles, form, reward_heads, wide, seed)
         made = forms.build(base, roles, self.main, form, dtype=wide, seed=seed)
         self.network, self.reference, self.value = made.main, made.reference, made.value
+        if made.value_score is not None:
+            self.heads["value"].start_as(made.value_score)
         self.is_peft = bool(made.adapters)
         self.notes = forms.describe(made, base, form, roles)
         """What each role is, for the manifest."""
@@ -314,7 +319,7 @@ def _heads(
     if score is not None:
         heads["reward"].start_as(score)
         heads["reward"].requires_grad_(False)
-        if form.value_start == "reward":
+        if form.value_start == "reward" and form.value_weights is None:
             heads["value"].start_as(score if several is None else several.mean(score.T)[None])
     return nn.ModuleDict(heads), several
 

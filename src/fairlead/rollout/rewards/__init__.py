@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fairlead.rollout.rewards.opening import WeightedReward as WeightedReward
     from fairlead.rollout.rewards.opening import open_reward as open_reward
     from fairlead.rollout.rewards.returned import is_constant as is_constant
+    from fairlead.rollout.rewards.settings import ModelSource as ModelSource
     from fairlead.rollout.rewards.settings import RewardSource as RewardSource
     from fairlead.rollout.rewards.settings import model_paths as model_paths
+    from fairlead.rollout.rewards.settings import sources as sources
     from fairlead.rollout.rewards.shared import shared_reward as shared_reward
 
 _HOMES = {
@@ -26,6 +28,7 @@ _HOMES = {
     "EnsembleReward": "models",
     "LabelReward": "classify",
     "ModelReward": "models",
+    "ModelSource": "settings",
     "RewardSource": "settings",
     "RoleReward": "models",
     "TextReward": "functions",
@@ -36,6 +39,7 @@ _HOMES = {
     "open_model": "models",
     "open_reward": "opening",
     "shared_reward": "shared",
+    "sources": "settings",
 }
 
 
