@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu peers lint check clean
+.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ bench-rollout: environment ## time sampling beside transformers.generate (FAIRLE
 
 bench-memory: environment ## peak memory of PPO with four roles on one base (ARGS="--layers 2 --width 64")
 	.venv/bin/python benchmarks/memory.py $(ARGS)
+
+mutants: environment ## seed the defects of tests/mutants one at a time: does a test fail? (ARGS="--only ops/kl.py")
+	.venv/bin/python -m tests.mutants $(ARGS)
 
 bench-gpu: environment ## check and measure every stage on one NVIDIA GPU (ARGS="--out FILE --size 0.5B")
 	.venv/bin/python -m benchmarks.gpu $(ARGS)
