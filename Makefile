@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ demo-seeds: environment ## run the demonstration with several seeds (SEEDS=3, fr
 
 test: environment ## run the tests
 	.venv/bin/python -m pytest -n 2 $(ARGS)
+
+fuzz: environment ## try every reader on many more hostile examples than the tests do
+	.venv/bin/python -m pytest -n 2 -m slow tests/fuzz $(ARGS)
 
 slow: environment ## run the slow tests only
 	.venv/bin/python -m pytest -n 2 -m slow $(ARGS)

@@ -4,6 +4,7 @@ section that bears an algorithm's name is validated by that algorithm's own sett
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -34,6 +35,21 @@ class RunSection(Section):
     """Name of the run; the algorithm's name when not given."""
     directory: str = "runs"
     """Folder that holds the runs."""
+
+    @field_validator("name")
+    @classmethod
+    def _lies_in_the_directory(cls, name: str | None) -> str | None:
+        path = PurePosixPath(name or ".")
+        if name is not None and (not path.parts or path.is_absolute() or ".." in path.parts):
+            raise ValueError("a run's name is that of a folder in run.directory, which it cannot lead out of")
+        return name
+
+    @field_validator("name", "directory")
+    @classmethod
+    def _can_be_a_folder(cls, name: str | None) -> str | None:
+        if name is not None and not name.isprintable():
+            raise ValueError("a folder's name with a control character, or half a character")
+        return name
 
 
 class ScratchSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,10 @@ from typing import Any, cast
 import yaml
 
 from fairlead.errors import ConfigError
+
+
+MOST_VALUES = 100_000
+"""Of a file, what an alias repeats counted each time: a few lines of aliases can stand for more than memory holds."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +43,8 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        # the last three: of an explicit tag whose value is none of its kind
         raise ConfigError(f"{place}: not valid YAML: {error}") from error
 
 
@@ -49,16 +54,20 @@ def _construct(text: str) -> Any:
         node = cast(Any, loader).get_single_node()
         if node is None:
             return None
-        _refuse_repeated_keys(node)
+        _check(node, iter(range(MOST_VALUES)))
         return cast(Any, loader).construct_document(node)
     finally:
         cast(Any, loader).dispose()
 
 
-def _refuse_repeated_keys(node: yaml.Node) -> None:
+def _check(node: yaml.Node, left: Iterator[int]) -> None:
+    """Refuses a key that stands twice or is no word, and more values than are ``left``."""
+    if next(left, None) is None:
+        problem = f"it stands for more than {MOST_VALUES:,} values, aliases counted each time"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _refuse_repeated_keys(child)
+            _check(child, left)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, child in node.value:
@@ -67,7 +76,7 @@ def _refuse_repeated_keys(node: yaml.Node) -> None:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
-            _refuse_repeated_keys(child)
+            _check(child, left)
 
 
 def _lines(text: str) -> dict[str, int]:
