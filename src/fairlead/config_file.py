@@ -13,7 +13,6 @@ import yaml
 
 from fairlead.errors import ConfigError
 
-
 MOST_VALUES = 100_000
 """Of a file, what an alias repeats counted each time: a few lines of aliases can stand for more than memory holds."""
 
