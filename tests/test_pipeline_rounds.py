@@ -245,6 +245,16 @@ def test_an_override_reaches_into_the_repeated_stages() -> None:
     assert stages["evaluation"].subject == ["sft", "rounds/002/policy"]
 
 
+def test_each_round_takes_its_own_of_the_values_that_are_listed_and_the_last_serves_the_rest() -> None:
+    source = changed("policy", **{"optim.learning_rate": "${rate}", "optim.weight_decay": "${drop}"})
+    source["stages"]["rounds"]["each"] = {"rate": [1e-3, 5e-4], "drop": ["${half}", 0.0, 0.1]}
+    given = ["prompts=x", "stages.rounds.repeat=4"]
+    stages = {stage.name: stage.settings for stage in read_pipeline({**source, "half": 0.5}, given).stages}
+    found = [stages[f"rounds/00{number}/policy"] for number in range(4)]
+    assert [each["optim.learning_rate"] for each in found] == [1e-3, 5e-4, 5e-4, 5e-4]
+    assert [each["optim.weight_decay"] for each in found] == [0.5, 0.0, 0.1, 0.1]
+
+
 def changed(stage: str, **settings: Any) -> dict[str, Any]:
     block = PIPELINE["stages"]["rounds"]
     inner = {**block["stages"], stage: {**block["stages"][stage], **settings}}
@@ -262,6 +272,10 @@ def block(**settings: Any) -> dict[str, Any]:
         (block(repeat=True), None, "repeat must be a whole number from 1, got True"),
         (block(begin="x"), None, "stage 'rounds': repeat, start and stages were expected"),
         (block(stages={}), None, "repeat, start and stages were expected"),
+        (block(each={"rate": 1e-3}), None, "stage 'rounds': each must name lists of values, got {'rate': 0.001}"),
+        (block(each={"rate": []}), None, "each must name lists of values"),
+        (block(each={"sft": [1]}), None, "each names 'sft', which is something else here"),
+        (block(each={"previous": [1]}), None, "each names 'previous'"),
         (block(stages={"x": {"repeat": 2}}), None, "a repeat inside a repeat"),
         (block(stages={"a.b": {"train": "sft"}}), None, "stage 'rounds/a.b': not the name of a stage"),
         (block(stages={"previous": {"train": "sft"}}), None, "not the name of a stage"),

@@ -68,7 +68,8 @@ def select(
     scored: Annotated[Path, typer.Argument(help="samples that `fairlead score` scored")],
     out: Annotated[Path, typer.Option(help="file to write, .jsonl")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="collect, keep, share, discard, max_empty")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="collect, keep, share, pairs, kl_coef, discard, max_empty"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

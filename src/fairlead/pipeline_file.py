@@ -19,7 +19,7 @@ WRITES_FILE = ("generate", "score", "select")
 """Verbs whose result is one file and not a folder."""
 MAKES_FOLDER = ("prepare", "merge")
 """Verbs that make their folder whole or not at all, and know one that they have made."""
-SEEDLESS = ("merge", "report", "score", "select")
+SEEDLESS = ("merge", "report", "score")
 OWN_KEYS = ("name", "directory", "seed", "stages")
 ROUND_VALUES = ("previous", "round")
 """What a repeated stage may refer to besides: the last stage of the time before, and the number of the time."""
@@ -127,14 +127,23 @@ def _check(specs: Mapping[Any, Any], raw: Mapping[str, Any], located: Callable[.
             raise ConfigError(f"{located(name)}: a mapping was expected, got {spec!r}")
         if "repeat" in spec:
             inner = spec.get("stages")
-            if spec.keys() != {"repeat", "start", "stages"} or not isinstance(inner, dict) or not inner:
+            if {*spec, "each"} != {"repeat", "start", "stages", "each"} or not isinstance(inner, dict) or not inner:
                 raise ConfigError(
                     f"{located(name)}: repeat, start and stages were expected, got {', '.join(map(str, spec))}",
                     hint="{repeat: 3, start: ${sft}, stages: {...}}; ${previous} is the last stage of the time before",
                 )
+            _check_each(spec.get("each", {}), (*raw, *specs, *inner, *ROUND_VALUES), located(name))
             if any("repeat" in each for each in inner.values() if isinstance(each, dict)):
                 raise ConfigError(f"{located(name)}: a repeat inside a repeat", hint="put its stages one after another")
             _check(inner, raw, lambda *names, name=name: located(name, *names))
+
+
+def _check_each(each: Any, taken: Sequence[Any], place: str) -> None:
+    """Raises ConfigError for values of rounds that are none."""
+    if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
+        raise ConfigError(f"{place}: each must name lists of values, got {each!r}", hint="each: {rate: [1e-4, 5e-5]}")
+    if clash := [name for name in each if name in taken]:
+        raise ConfigError(f"{place}: each names {clash[0]!r}, which is something else here", hint="choose another name")
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,13 +236,15 @@ class _Scope:
 def _repeated(
     name: str, spec: Mapping[str, Any], scope: _Scope, home: Path, located: Callable[..., str]
 ) -> list[Stage]:
-    """The stages of every time, `NAME/000/STAGE`, each from the last one of the time before."""
+    """The stages of every time, `NAME/000/STAGE`, each from the last one of the time before. Of the values that
+    `each` lists, a time takes its own; the last one serves those that follow, too."""
     times = _replace(spec["repeat"], _lookup(scope, {}, located(name)))
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:
         raise ConfigError(f"{located(name)}: repeat must be a whole number from 1, got {times!r}")
     stages: list[Stage] = []
     for number in range(times):
-        values = {**scope.values, "round": number, **({} if stages else {"previous": spec["start"]})}
+        own = {key: listed[min(number, len(listed) - 1)] for key, listed in spec.get("each", {}).items()}
+        values = {**scope.values, **own, "round": number, **({} if stages else {"previous": spec["start"]})}
         previous = {"previous": stages[-1]} if stages else {}
         inner = _Scope(values, scope.earlier | previous, (*scope.all, *spec["stages"]))
         for stage_name, own in spec["stages"].items():
@@ -270,7 +281,7 @@ def _stage(
     seed = scope.values.get("seed")
     if verb not in SEEDLESS and seed is not None and not (isinstance(subject, Mapping) and "seed" in subject):
         settings.setdefault("seed", seed)
-    if verb == "generate" and number is not None:
+    if verb in ("generate", "select") and number is not None:
         settings.setdefault("round", number)
     if verb == "train" and any(key.split(".")[0] == "run" for key in settings):
         raise ConfigError(

@@ -100,11 +100,12 @@ def _score(stage: Stage) -> Resolved:
 
 def _select(stage: Stage) -> Resolved:
     from fairlead.evaluation.asked import asked
-    from fairlead.evaluation.select import select_file
-    from fairlead.rollout.select import SelectSettings
+    from fairlead.evaluation.select import OTHERS, SelectFileSettings, select_file
 
-    own = asked("select", stage.settings, SelectSettings).settings.model_dump(mode="json")
-    return {"select": stage.subject, **own}, partial(select_file, stage.subject, stage.settings, out=stage.result)
+    settings = stage.settings
+    own = asked("select", settings, SelectFileSettings, OTHERS).settings.model_dump(mode="json")
+    call = partial(select_file, stage.subject, settings, out=stage.result)
+    return {"select": stage.subject, **nest(settings), **own}, call
 
 
 VERBS: dict[str, Callable[[Stage], Resolved]] = {

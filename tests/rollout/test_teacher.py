@@ -86,5 +86,5 @@ def test_a_saved_model_with_a_tokenizer_of_its_own_answers_what_it_would_by_itse
 
 def test_a_reward_model_is_no_teacher(tmp_path: Path) -> None:
     save_model(Models(base(), ("reward",)), tmp_path / "reward", template="plain", eos=1)
-    with pytest.raises(ModelError, match="reward model; a teacher answers"):
+    with pytest.raises(ModelError, match="reward model, which answers nothing"):
         open_teacher(str(tmp_path / "reward"), _renderer(), engine="native", rows=4, device=CPU)

@@ -175,8 +175,8 @@ class Renderer:
             else:
                 if not draft.prompt:
                     prompt = self._bos or (self._text_end,)
-                is_cut = isinstance(record, Demonstration) and not record.finished
-                whole = [tuple(ids) if is_cut else self._ended(ids) for ids in responses]
+                ended = zip(responses, _finished(record, len(responses)), strict=True)
+                whole = [self._ended(ids) if is_finished else tuple(ids) for ids, is_finished in ended]
                 tree = self._limited(record, prompt, mask, whole, counts)
             if tree is not None:
                 trees.append(tree)
@@ -319,6 +319,13 @@ def _asked(prompt: Conversation | Prompt) -> tuple[Sequence[Message], Tools]:
 
 def _answer(response: str | Message) -> Message:
     return Message(role="assistant", content=response) if isinstance(response, str) else response
+
+
+def _finished(record: Record, number: int) -> Sequence[bool]:
+    """Which of a record's responses ended by themselves."""
+    if isinstance(record, Preference):
+        return record.finished
+    return [not isinstance(record, Demonstration) or record.finished] * number
 
 
 def _responses_of(record: Record) -> list[Message]:

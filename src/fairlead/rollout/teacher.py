@@ -51,10 +51,18 @@ class TeacherSampler:
 def open_teacher(path: str, renderer: Renderer, *, engine: Engine, rows: int, device: torch.device) -> TeacherSampler:
     """The policy of a finished run, or a causal language model in a folder or on the hub, an adapter merged. Raises
     ModelError for a reward model."""
+    models, own = open_policy(path, "teacher", renderer.template, max_length=renderer.max_length, device=device)
+    return TeacherSampler(open_sampler(engine, models, own, rows=rows), renderer)
+
+
+def open_policy(
+    path: str, name: str, template: str = "plain", *, max_length: int, device: torch.device
+) -> tuple[Models, Renderer]:
+    """A model that answers, an adapter merged, and how it reads: by its own template, else by ``template``. ``name`` is
+    that of the setting that gave ``path``. Raises ModelError for a reward model."""
     meta = read_meta(resolve_folder(path))
     if meta.get("role", "policy") != "policy":
-        raise ModelError(f"teacher={path} is a {meta['role']} model; a teacher answers", hint="give a policy")
-    tokenizer, template = load_tokenizer(path), meta.get("template")
-    base = load_base(ModelSection(path=path), tokenizer, template, seed=0, device=device)
-    own = Renderer(tokenizer, template=template or renderer.template, max_length=renderer.max_length)
-    return TeacherSampler(open_sampler(engine, Models(base, ("policy",)), own, rows=rows), renderer)
+        raise ModelError(f"{name}={path} is a {meta['role']} model, which answers nothing", hint="give a policy")
+    tokenizer, own = load_tokenizer(path), meta.get("template")
+    base = load_base(ModelSection(path=path), tokenizer, own, seed=0, device=device)
+    return Models(base, ("policy",)), Renderer(tokenizer, template=own or template, max_length=max_length)

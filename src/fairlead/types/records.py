@@ -55,6 +55,8 @@ class Preference:
     rejected: str
     margin: float | None = None
     tools: Tools = ()
+    finished: tuple[bool, bool] = (True, True)
+    """Of chosen and rejected; False for a sampled response that was cut at its limit, which has no end."""
 
 
 @dataclass(frozen=True, slots=True)

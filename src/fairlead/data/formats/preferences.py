@@ -25,6 +25,8 @@ _SCORES = (
     ("chosen-rating", "rejected-rating"),
 )
 _ITEM_TEXT = "response|text|content|output|answer"
+_CUT = ([True, False], [False, True], [False, False])
+"""How sampled pairs of which a side was cut at its limit say so."""
 _ITEM_SCORE = "score|overall_score|rating"
 
 
@@ -76,7 +78,9 @@ def _preference(
     better, worse = plain_answer(chosen[-1], notes), plain_answer(rejected[-1], notes)
     if better is None or worse is None:
         return "a tool call is compared"
-    return Preference(prompt, better, worse, _margin(row), read_tools(row))
+    finished = row.data.get("finished")
+    ended = (finished[0], finished[1]) if finished in _CUT else (True, True)
+    return Preference(prompt, better, worse, _margin(row), read_tools(row), ended)
 
 
 def _margin(row: Row) -> float | None:
