@@ -177,6 +177,9 @@ def evaluate(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
+    best_of: Annotated[
+        int | None, typer.Option(help="measure the reference's best of so many, by the first score")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure runs on held-out data, with bootstrap intervals; written into each run's evaluation/."""
@@ -195,6 +198,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        best_of=best_of,
     )
     if as_json:
         _print(result, True, "")

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from fairlead.algorithms.plateau import Plateau, level
-from fairlead.data.render import Tree
-from fairlead.rollout.experience import Experience
 
 
 def _ended(means: list[float], rounds: int | None = 3, margin: float = 0.1) -> list[bool]:
@@ -57,6 +55,5 @@ def test_the_level_of_a_round_is_the_mean_over_prompts_with_the_interval_of_thei
     """Prompts of means 1, 3 and 5: their mean 3, deviation 2, and half an interval of 1.96 x 2 / sqrt(3)."""
     nan = float("nan")
     scores = torch.tensor([0.0, 2.0, 3.0, nan, 4.0, 6.0, nan, nan])
-    trees = [Tree((p,), ((1,), (2,))) for p in range(4)]
-    mean, margin = level(Experience(trees, {}, scores, torch.ones(8, dtype=torch.bool)))
+    mean, margin = level(scores.split(2))
     assert mean == pytest.approx(3.0) and margin == pytest.approx(1.96 * 2 / math.sqrt(3))

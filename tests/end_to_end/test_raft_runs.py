@@ -108,6 +108,7 @@ def test_each_evaluation_measures_variety_length_discards_and_the_perplexity_of_
     first = rows[1]
     for name in ("distinct_1", "distinct_2", "unique_1", "unique_2", "length", "finished", "discarded/contains"):
         assert f"rollout/{name}" in first and f"eval/{name}" in rows[0], name
+    assert rows[0]["eval/score_margin"] > 0
     assert abs(rows[0]["eval/kl"]) < 1e-5 and "objective/kl" in first and first["objective/scores_margin"] > 0
     same = {"model.tokenizer": str(raft.path / "model"), "data.eval_fraction": 0.25}
     sft = fairlead.train({"algorithm": "sft"}, settings("sft", tmp_path, **PLAIN | same), data=DEMONSTRATIONS)

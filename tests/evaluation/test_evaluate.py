@@ -119,6 +119,33 @@ def test_win_rate_compares_the_responses_to_the_same_prompts(runs: Runs):
     assert found["policy"]["win_rate"]["mean"] == pytest.approx(sum(wins) / len(wins))
 
 
+def test_the_best_of_n_is_chosen_by_one_score_and_measured_by_all(runs: Runs):
+    """The score of choice cannot be beaten by chance: it lies above the reference's by the spread of four draws."""
+    scores = {"letters": letters, "word": names_the_word}
+    given = {"prompts": PROMPTS, "scores": scores, "reference": runs.reference, "num_prompts": 12, "max_new_tokens": 6}
+    found = evaluate([runs.reference], best_of=4, best_by="letters", draws=4, **given)
+    folder = runs.reference / "evaluation"
+    rows = [json.loads(line) for line in (folder / "best_of_4.jsonl").read_text("utf-8").splitlines()]
+    best, others = found["best_of_4"], [row["scores"]["letters"] for row in written(runs.reference)[1]]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in PROMPTS]
+    assert best["letters"]["mean"] == pytest.approx(sum(row["scores"]["letters"] for row in rows) / 12)
+    expected = sum(max(others[i : i + 4]) for i in range(0, 48, 4)) / 12  # of four draws as independent of these
+    assert best["letters"]["mean"] == pytest.approx(expected, rel=0.3)
+    assert best["letters"]["mean"] > found["reference"]["letters"]["mean"] and best["win_rate"]["mean"] > 0.6
+    assert best["kl"]["mean"] == pytest.approx(math.log(4) - 3 / 4)
+    saved = json.loads((folder / "best_of_4.json").read_text("utf-8"))
+    assert (saved["metrics"], saved["best_of"], saved["best_by"]) == (best, 4, "letters")
+
+
+def test_the_best_of_n_needs_a_reference_prompts_and_a_score(runs: Runs):
+    given = {"prompts": PROMPTS, "scores": {"letters": letters}, "reference": runs.reference}
+    for lacking in ({"best_of": 1}, {"reference": None}, {"scores": {}}):
+        with pytest.raises(ConfigError, match="responses of the reference to prompts, by a score"):
+            evaluate([runs.policy], **{**given, "best_of": 4, **lacking})
+    with pytest.raises(ConfigError, match="best_by='word' is none of the scores"):
+        evaluate([runs.policy], best_of=4, best_by="word", **given)
+
+
 def test_the_seed_alone_decides_what_is_sampled(runs: Runs):
     def responses(seed: int) -> list[str]:
         evaluate([runs.policy], prompts=PROMPTS, seed=seed, **SHORT)

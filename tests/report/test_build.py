@@ -107,6 +107,19 @@ def test_the_best_is_marked_only_where_better_has_a_direction(tmp_path: Path):
     assert marked == ["a", "b"]  # perplexity 1.0 and gold 2.0
 
 
+def test_the_best_of_n_has_a_row_below_the_run_whose_responses_they_are(tmp_path: Path):
+    for name, mean in (("sft", 0.5), ("dpo", 0.6)):
+        write_run(tmp_path / name, evaluation_metrics={"run": name, "metrics": {"gold": estimate(mean, 0.01)}})
+    best = {"metrics": {"gold": estimate(0.7, 0.01), "kl": {"mean": 0.636, "low": None, "high": None, "n": 64}}}
+    (tmp_path / "sft" / "evaluation" / "best_of_4.json").write_text(json.dumps(best))
+    html = build_report([tmp_path / "sft", tmp_path / "dpo"], tmp_path / "page.html").read_text()
+    table = html.partition('<table class="comparison">')[2].partition("</table>")[0]
+    rows = [" ".join(re.sub(r"<[^>]*>", " ", row).split()) for row in table.split("<tr>")[2:]]
+    assert [row[:15] for row in rows] == ["sft 0.500 [0.49", "sft best of 4 0", "dpo 0.600 [0.59"]
+    assert "0.700" in rows[1] and table.count("the best of this column") == 1
+    assert "the best of this column" in table.split("<tr>")[3]
+
+
 def test_text_of_models_and_people_stays_text(tmp_path: Path):
     evil = "<script>alert(1)</script>"
     for name in ("a", "b"):

@@ -30,7 +30,7 @@ def test_a_running_mean_leaves_out_what_is_not_finite():
 
 def test_a_metric_shares_a_panel_with_its_held_out_twin_and_chosen_with_rejected():
     names = ("loss", "eval/loss", "rewards/chosen", "rewards/rejected", "eval/rewards/chosen", "logps/chosen")
-    rows = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (1, 2)]
+    rows = [{"step": step, **dict.fromkeys(names, float(step)), "price": 0.3} for step in (1, 2)]
     rows[1]["memory"] = 3.0
     found, rare = panels(rows, leave_out=("step",))
     assert {title: [one.name for one in series] for title, series in found.items()} == {
@@ -38,7 +38,15 @@ def test_a_metric_shares_a_panel_with_its_held_out_twin_and_chosen_with_rejected
         "rewards/chosen, rejected": ["rewards/chosen", "rewards/rejected", "eval/rewards/chosen"],
         "logps/chosen": ["logps/chosen"],
     }
-    assert rare == [("memory", 3.0, 2)]
+    assert rare == [("price", 0.3, 2), ("memory", 3.0, 2)]
+
+
+def test_a_margin_is_a_band_around_its_metric_and_no_panel_of_its_own():
+    rows = [{"step": step, "eval/score": step, "eval/score_margin": 0.5, "odd_margin": step} for step in (1, 2)]
+    found, _ = panels(rows, leave_out=("step",))
+    assert list(found) == ["score", "odd_margin"] and found["score"][0].margins == [0.5, 0.5]
+    bare = Series("eval/score", True, [1.0, 2.0], [1.0, 1.0])
+    assert "fill-opacity: 0.15" in curves(found["score"], key="a") and "fill-opacity" not in curves([bare], key="a")
 
 
 def test_the_same_numbers_give_the_same_drawing_without_links_out():

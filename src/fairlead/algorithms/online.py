@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fairlead.algorithms.mixed import MixedSettings, MixedSource
+from fairlead.algorithms.plateau import level
 from fairlead.algorithms.policy import PolicySettings
 from fairlead.algorithms.rounds import Estimator, RolloutSource
 from fairlead.algorithms.shaping import Shaper, ShapingSettings
@@ -178,8 +179,10 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
         scores = {name: reward(rollouts).values for name, reward in rewards.items()}
         if given:
             _keep(stage, chosen, rollouts, scores["score"], number)
+        levels = {name: level(torch.split(torch.tensor(values), number)) for name, values in scores.items()}
         return {
-            **{f"eval/{name}": sum(values) / len(values) for name, values in scores.items()},
+            **{f"eval/{name}": mean for name, (mean, _) in levels.items()},
+            **{f"eval/{name}_margin": margin for name, (_, margin) in levels.items()},
             **_kl(stage, rollouts, number, sampling.temperature),
             "eval/length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
             "eval/finished": sum(r.finished for r in rollouts) / len(rollouts),

@@ -4,21 +4,20 @@ level for three rounds (Dong et al. 2023), made exact."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-from fairlead.rollout.experience import Experience
+from torch import Tensor
 
 Z = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
 
 
-def level(experience: Experience) -> tuple[float, float]:
-    """Mean over prompts of the mean score of a prompt's responses, what was discarded aside, and half the width of its
-    95 % interval, by the spread of the prompts."""
-    means = torch.stack([row.nanmean() for row in experience.by_prompt(experience.scores.double())])
+def level(by_prompt: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean over prompts of the mean score of a prompt's responses, what was discarded (nan) aside, and half the width
+    of its 95 % interval, by the spread of the prompts."""
+    means = torch.stack([scores.double().nanmean() for scores in by_prompt])
     means = means[~means.isnan()]
     error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return float(means.mean()), Z * error

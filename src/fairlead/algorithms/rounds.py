@@ -126,7 +126,7 @@ class RolloutSource:
         if estimate.keep is not None and estimate.experience is None:
             self._collector.store.select(number, [bool(kept) for kept in estimate.keep])
         if not self._position:
-            mean, margin = level(experience)
+            mean, margin = level(experience.by_prompt(experience.scores))
             self.ended = self.ended or self._plateau.after_round(mean, margin)
             seconds = {f"performance/seconds_{phase}": taken for phase, taken in self._collector.seconds.items()}
             self._metrics |= measured(experience) | shaped.metrics | dict(estimate.metrics) | seconds

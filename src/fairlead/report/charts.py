@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
@@ -89,6 +89,8 @@ class Series:
     held_out: bool
     steps: list[float]
     values: list[float | None]
+    margins: list[float | None] = field(default_factory=list[float | None])
+    """Half the interval of each value, where `NAME_margin` was logged beside all of them."""
 
     @property
     def finite(self) -> list[float]:
@@ -98,23 +100,26 @@ class Series:
 def panels(
     rows: Sequence[Mapping[str, Any]], *, leave_out: Collection[str]
 ) -> tuple[dict[str, list[Series]], list[tuple[str, Any, Any]]]:
-    """Every metric of the rows: what belongs into one panel, by its title, and (name, value, step) of those with fewer
-    than two numbers. A metric shares a panel with its held-out twin `eval/...`, and chosen with rejected."""
+    """Every metric of the rows: what belongs into one panel, by its title, and (name, value, step) of those that show
+    no curve: fewer than two numbers, or one number throughout. A metric shares a panel with its held-out twin `eval/...`, and chosen with rejected; its margin is
+    a band around it."""
     names = dict.fromkeys(key for row in rows for key in row if key not in leave_out)
+    margins = {name: f"{name}_margin" for name in names if f"{name}_margin" in names}
     bases = {name.removeprefix("eval/") for name in names}
     panels: dict[str, list[Series]] = {}
     rare: list[tuple[str, Any, Any]] = []
-    for name in names:
+    for name in (name for name in names if name not in margins.values()):
         found = [(row["step"], row[name]) for row in rows if name in row]
         values = [finite(value) for _, value in found]
-        if sum(value is not None for value in values) < 2:
+        if len({value for value in values if value is not None}) < 2:
             rare.append((name, found[-1][1], found[-1][0]))
             continue
         title = base = name.removeprefix("eval/")
         stem, _, side = base.rpartition("/")
         if side in _SIDES and {f"{stem}/{side}" for side in _SIDES} <= bases:
             title = f"{stem}/{', '.join(_SIDES)}"
-        one = Series(name, name != base, [float(step) for step, _ in found], values)
+        half = [finite(row.get(margins[name])) for row in rows if name in row] if name in margins else []
+        one = Series(name, name != base, [float(step) for step, _ in found], values, half)
         panels.setdefault(title, []).append(one)
     return panels, rare
 
@@ -129,6 +134,10 @@ def curves(series: Sequence[Series], *, key: str, max_points: int = 400) -> Mark
             steps = np.array(one.steps)
             values = np.array([math.nan if v is None else v for v in one.values])
             many = len(steps) >= _MANY
+            if one.margins:
+                half = np.array([math.nan if v is None else v for v in one.margins])
+                band = (values - half, values + half)
+                axes.fill_between(steps, *band, color=_SERIES[i % len(_SERIES)], alpha=0.15, linewidth=0)
             smooth = many and not one.held_out
             axes.plot(
                 *thin(steps, values, max_points),

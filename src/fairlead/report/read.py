@@ -35,7 +35,8 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run directory. `metrics` has one row a step, ascending; `estimates` are the evaluation's metrics, and
-    `reward_quality` its curves and bins where it is a reward model's; `missing` and `damage` name files."""
+    `reward_quality` its curves and bins where it is a reward model's, `best` those of its best of n responses by name;
+    `missing` and `damage` name files."""
 
     name: str
     path: Path
@@ -49,6 +50,7 @@ class Run:
     evaluation: Row
     estimates: dict[str, Estimate]
     reward_quality: Row
+    best: dict[str, dict[str, Estimate]]
     responses: list[Row]
     missing: tuple[str, ...]
     damage: tuple[str, ...]
@@ -178,6 +180,9 @@ def read_run(path: Path) -> Run:
         return good
 
     evaluation = mapping("evaluation/metrics.json", json.loads)
+    best = {
+        file.stem: mapping(f"evaluation/{file.name}", json.loads) for file in path.glob("evaluation/best_of_*.json")
+    }
     return Run(
         name=path.resolve().name,
         path=path,
@@ -191,6 +196,7 @@ def read_run(path: Path) -> Run:
         evaluation=evaluation,
         estimates=parse_estimates(evaluation.get("metrics")),
         reward_quality=mapping("evaluation/reward_quality.json", json.loads, is_rare=True),
+        best={name: parse_estimates(found.get("metrics")) for name, found in sorted(best.items())},
         responses=rows("evaluation/responses.jsonl"),
         missing=tuple(missing),
         damage=tuple(damage),

@@ -32,7 +32,8 @@ def columns(runs: list[Run]) -> list[Row]:
     extra = [name for name in names if name not in ("gold", "score", *_LAST_COLUMNS)]
     columns: list[Row] = []
     for name in (n for n in ("gold", "score", *extra, *_LAST_COLUMNS) if n in names):
-        means = [run.estimates[name].mean for run in runs if name in run.estimates]
+        measured = [of for run in runs for of in (run.estimates, *run.best.values())]
+        means = [of[name].mean for of in measured if name in of]
         pick = max if name in HIGHER_IS_BETTER else min if name in LOWER_IS_BETTER else None
         best = pick(means) if pick and len(means) > 1 else None
         columns.append({"name": name, "places": places_for(means), "best": best})
