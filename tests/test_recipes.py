@@ -78,6 +78,7 @@ def test_the_stages_of_raft_have_the_settings_of_their_source() -> None:
     assert (own.rollout_size, own.keep / own.num_samples, own.collect) == (1024, 0.125, "local")
     assert align.train.steps == 20 * own.epochs * own.rollout_size // align.train.batch_size
     assert (own.epochs, own.temperature, align.data.max_prompt_length) == (4, 0.85, 256)
+    assert own.plateau is None  # all of its 20 rounds
 
 
 @pytest.mark.slow

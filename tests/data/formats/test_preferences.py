@@ -1,11 +1,14 @@
 """Pairs, judgements and rankings."""
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fairlead.data.formats import recognise
+from fairlead.data.records import load_records
 from fairlead.data.sources import Row
 from fairlead.errors import DataError
 from fairlead.types import Message, Preference, Ranking
@@ -178,3 +181,14 @@ def test_a_wrong_ranking_is_an_error_with_its_place(more: dict[str, Any], error:
     with pytest.raises(DataError) as caught:
         parse({"prompt": "q", "responses": ["a", "b"], **more})
     assert str(caught.value).startswith(f"a.jsonl:7: {error}")
+
+
+def test_lmflows_pairs_for_a_reward_model_are_read_without_a_type(tmp_path: Path) -> None:
+    """Its own file: an object of instances, prompt and answer in one text on both sides."""
+    asked = "###Human: Is it safe?###Assistant:"
+    rows = [{"positive": f"{asked} Yes, it is.", "negative": f"{asked} No."}]
+    (tmp_path / "pairs.json").write_text(json.dumps({"instances": rows}), "utf-8")
+    records, _ = load_records(str(tmp_path / "pairs.json"), Preference)
+    (record,) = records
+    assert (record.chosen, record.rejected) == ("Yes, it is.", "No.")
+    assert [(turn["role"], turn["content"]) for turn in record.prompt] == [("user", "Is it safe?")]

@@ -25,7 +25,7 @@ def json_rows(file: io.BufferedReader, name: str, notes: Counter[str]) -> Iterat
     """Rows of JSON Lines, which stream; of an array or of one object, which stand in memory whole.
 
     Lines end at ``\\n`` alone, so U+0085 and U+2028 inside a string survive; blank lines are no rows. The object
-    ``{"type": ..., "instances": [...]}`` is a row an instance. NUL characters are kept, and noted.
+    ``{"type": ..., "instances": [...]}``, or with instances alone, is a row an instance. NUL characters are kept, and noted.
 
     Raises DataError for what is not UTF-8 or not JSON, and for a row that is no object or holds half a surrogate pair.
     """
@@ -155,10 +155,10 @@ def _rows(value: object, source: str, place: str, notes: Counter[str]) -> Iterat
     if ("\\u0000" in source or "\0" in source) and _holds_nul(row):
         notes["rows with NUL characters, kept"] += 1
     kind, instances = row.get("type"), row.get("instances")
-    if isinstance(kind, str) and isinstance(instances, list):
+    if isinstance(instances, list) and (isinstance(kind, str) or row.keys() == {"instances"}):
         for number, instance in enumerate(cast(list[object], instances), start=1):
             where = f"{place} instance {number}"
-            yield Row(_object(instance, instance, where), where, kind)
+            yield Row(_object(instance, instance, where), where, kind if isinstance(kind, str) else None)
     else:
         yield Row(row, place)
 
