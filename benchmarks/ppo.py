@@ -32,7 +32,8 @@ REMARK = (
 
 
 def recipe(asked: Asked, trunk: str) -> dict[str, Any]:
-    found = asked.recipe("ppo", EPOCHS, {"epochs": EPOCHS, "value": {"trunk": trunk}})
+    own = {"epochs": EPOCHS, "value": {"trunk": trunk}}
+    found = asked.recipe("ppo", EPOCHS, rounds.GRADIENT | own)
     return found | {"optim": found["optim"] | {"max_grad_norm": None}}
 
 

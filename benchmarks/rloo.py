@@ -50,7 +50,7 @@ def way(algorithm: str, asked: Asked, name: str, warmup: int) -> Way:
         cache_implementation=cache,
         **PEER[algorithm],
     )
-    ours = asked.recipe(algorithm, 1, OURS[algorithm])
+    ours = asked.recipe(algorithm, 1, rounds.GRADIENT | OURS[algorithm])
     return Way(f"{algorithm.upper()}, {asked.size}", f"TRL, {name}", ours, peer, bench.PEER_PYTHON, 1, warmup)
 
 

@@ -20,13 +20,15 @@ import side_by_side as bench
 
 BATCH = 32
 """Responses of a round."""
-NEW = {"S": 48, "XS": 16}
+NEW = {"S": 48, "M": 48, "XS": 16}
 """Tokens of each response."""
 PROMPT = (16, 64)
 """Tokens of a prompt, at least and at most."""
 WISH = "peers.wish:long_text"
-LEARNING_RATE = {"S": 1e-5, "XS": 1e-3}
+LEARNING_RATE = {"S": 1e-5, "M": 1e-5, "XS": 1e-3}
 KL_COEF = 0.05
+GRADIENT: dict[str, Any] = {"kl_coef": KL_COEF, "ratio_guard": None}
+"""Our settings of what follows a policy gradient."""
 PHASES = ("sampling", "scoring", "update")
 REMARK = (
     "agree: where a small model learns a reward of the text, as the lines of XS show, both sides' mean scores of the "
@@ -46,24 +48,28 @@ class Way:
     ours: dict[str, Any]
     """Our recipe."""
     peer: dict[str, Any]
-    """The job that peers/rounds.py reads."""
+    """The job that `script` reads."""
     python: Path
     """The interpreter that has the peer's trainer."""
     steps: int
     """Optimizer steps of a round."""
     warmup: int
     """Rounds that are not timed."""
+    responses: int = BATCH
+    """Of a round."""
+    script: str = "rounds.py"
+    """Of the peers."""
 
 
 # --- what both sides are given -------------------------------------------------------------------------------------
 
 
-def save_models(data: Path, folder: Path) -> Prompts:
-    """A policy and a reward model of each size in `folder`; returns the prompts for each."""
+def save_models(data: Path, folder: Path, sizes: Sequence[str]) -> Prompts:
+    """A policy and a reward model of each size, and of the least one, in `folder`; returns the prompts for each."""
     rows = given.transcripts(data)
     texts = [row["chosen"] for row in rows]
     found: Prompts = {}
-    for size in NEW:
+    for size in (*sizes, "XS"):
         tokenizer = given.save_model(folder / size, size, [*texts, *given.books(data)])
         meta = {"template": given.TEMPLATE, "role": "reward"}
         (given.judge_of(folder / size) / "fairlead.json").write_text(json.dumps(meta))
@@ -109,11 +115,13 @@ class Asked:
     samples: int = 1
     """Responses to a prompt."""
     reward: str = WISH
+    responses: int = BATCH
+    """Of a round."""
 
     @property
     def prompts(self) -> Sequence[given.Pair]:
         """As many as are asked, from the first on again where there are fewer."""
-        return [*islice(cycle(self.pairs), self.rounds * BATCH // self.samples)]
+        return [*islice(cycle(self.pairs), self.rounds * self.responses // self.samples)]
 
     def files(self) -> tuple[str, str]:
         return write_prompts(self.model / f"{self.samples}-{self.rounds}-{self.seed}", self.prompts, self.seed)
@@ -122,16 +130,14 @@ class Asked:
         """Ours. `steps` of the optimizer make a round."""
         shared = {
             "reward": self.reward,
-            "rollout_size": BATCH // self.samples,
+            "rollout_size": self.responses // self.samples,
             "num_samples": self.samples,
             "max_new_tokens": NEW[self.size],
             "min_new_tokens": NEW[self.size],
-            "kl_coef": KL_COEF,
-            "ratio_guard": None,
         }
         sections = {
             "optim": {"learning_rate": LEARNING_RATE[self.size]},
-            "train": {"steps": self.rounds * steps, "batch_size": BATCH // self.samples},
+            "train": {"steps": self.rounds * steps, "batch_size": self.responses // self.samples},
             algorithm: {**shared, **settings},
         }
         return given.recipe(algorithm, self.model, self.files()[0], **sections) | {"seed": self.seed}
@@ -145,7 +151,7 @@ class Asked:
             "rows": self.files()[1],
             "ids": [pair.ids["prompt_ids"] for pair in self.prompts],
             "rounds": self.rounds,
-            "batch_size": BATCH,
+            "batch_size": self.responses,
             "rows_at_once": rows_at_once,
             "samples": self.samples,
             "new_tokens": NEW[self.size],
@@ -179,7 +185,7 @@ def run_ours(way: Way) -> bench.Result:
 def run_peer(way: Way) -> bench.Result:
     if not way.python.exists():
         raise SystemExit(f"{way.python} is missing: make peers, or what runs this benchmark in the Makefile")
-    return bench.run([way.python, bench.HERE / "peers" / "rounds.py"], way.peer)
+    return bench.run([way.python, bench.HERE / "peers" / way.script], way.peer)
 
 
 Runs = list[tuple[bench.Result, bench.Result]]
@@ -209,7 +215,7 @@ def interleave(ways: Sequence[Way], repeats: int) -> list[Runs]:
 
 def rate(way: Way, result: bench.Result) -> float:
     """Responses a second over the timed rounds."""
-    return BATCH * (len(result["seconds"]) - way.warmup) / whole(way, result)
+    return way.responses * (len(result["seconds"]) - way.warmup) / whole(way, result)
 
 
 def whole(way: Way, result: bench.Result) -> float:
@@ -230,7 +236,7 @@ def phase_rate(phase: str) -> Measure:
         timed = result["phases"][way.warmup :]
         spent: dict[str, float] = {name: sum(each[name] for each in timed) for name in PHASES[:-1]}
         spent["update"] = whole(way, result) - sum(spent.values())
-        return BATCH * len(timed) / spent[phase]
+        return way.responses * len(timed) / spent[phase]
 
     return measure
 
@@ -317,8 +323,9 @@ Planned = Callable[[Prompts, Path, argparse.Namespace], list[Plan]]
 """Made of the prompts and the folder of the models."""
 
 
-def main(about: str | None, name: str, planned: Planned, remark: str) -> None:
-    parser = bench.options(about, name, sizes=())
+def main(about: str | None, name: str, planned: Planned, remark: str, sizes: Sequence[str] = ()) -> None:
+    """`sizes` of models to choose from, where there is a choice."""
+    parser = bench.options(about, name, sizes=sizes)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not timed")
     parser.add_argument("--steps", type=int, default=3, help="timed rounds")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side that show what it learns")
@@ -326,7 +333,7 @@ def main(about: str | None, name: str, planned: Planned, remark: str) -> None:
     settings = parser.parse_args()
     cases, versions = list[dict[str, Any]](), dict[str, str]()
     with bench.scratch() as folder:
-        prompts = save_models(bench.data_folder(parser, settings), folder)
+        prompts = save_models(bench.data_folder(parser, settings), folder, settings.sizes if sizes else ("S",))
         for plan in planned(prompts, folder, settings):
             lines, versions = plan.results(settings.repeats)
             cases += lines
