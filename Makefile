@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,12 @@ bench-ppo: environment ## time PPO beside the last TRL that has it (FAIRLEAD_DAT
 
 bench-rloo: peers ## time RLOO and GRPO beside TRL (FAIRLEAD_DATA=folder ARGS="--steps 2")
 	.venv/bin/python benchmarks/rloo.py $(ARGS)
+
+bench-raft: peers ## time RAFT beside generate and TRL's SFT (FAIRLEAD_DATA=folder ARGS="--sizes S --steps 1")
+	.venv/bin/python benchmarks/raft.py $(ARGS)
+
+bench-relatives: environment ## compare RAFT, PPO and forms of DPO on the demo's world (ARGS="--seeds 20")
+	.venv/bin/python -m benchmarks.relatives $(ARGS)
 
 bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="--sizes S")
 	.venv/bin/python benchmarks/head.py $(ARGS)

@@ -1,5 +1,5 @@
 """What the pipeline imdb-sentiment found, as benchmarks/results/imdb-sentiment.json: figures of held-out prompts before
-and after PPO, accuracies of the two classifiers, and the source's four prompts one by one.
+and after each algorithm, accuracies of the two classifiers, and the source's four prompts one by one.
 
     fairlead pipeline imdb-sentiment data.path=ACLIMDB data.second=RT_POLARITY
     python benchmarks/imdb_sentiment.py runs/imdb-sentiment
@@ -19,19 +19,35 @@ from typing import Any
 
 NAME = "imdb-sentiment"
 COMMAND = f"fairlead pipeline {NAME} data.path=ACLIMDB data.second=RT_POLARITY"
+ALGORITHMS = ("ppo", "raft")
 SCORES = {"positive": "the classifier PPO learned from", "second": "the classifier of rt-polarity"}
 UNITS = {"kl": "nats", "length": "tokens", "distinct_2": "share", "distinct_1": "share", "finished": "share"}
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
-    """Each figure of the evaluation, before and after."""
+    """Each figure of the evaluation, before and after each algorithm that was run."""
     found = json.loads((folder / "evaluation" / "metrics.json").read_text("utf-8"))
-    cases: list[dict[str, Any]] = []
-    for metric, after in found["ppo"].items():
-        case = {"case": "held-out prompts", "metric": metric, "unit": UNITS.get(metric, "probability")}
-        before = found["pretrain"].get(metric)
-        cases.append(case | {"before": before, "ours": after, "peer": None})
-    return cases
+    return [
+        {
+            "case": "held-out prompts",
+            "algorithm": algorithm,
+            "metric": metric,
+            "unit": UNITS.get(metric, "probability"),
+            "before": found["pretrain"].get(metric),
+            "ours": after,
+            "peer": None,
+        }
+        for algorithm in ALGORITHMS
+        if algorithm in found
+        for metric, after in found[algorithm].items()
+    ]
+
+
+def sampled_tokens(folder: Path) -> dict[str, int]:
+    """Of the responses that each algorithm sampled to learn from."""
+    files = {name: sorted((folder / name).glob("rounds/*/samples.jsonl")) for name in ALGORITHMS}
+    lines = {name: [line for file in found for line in file.open(encoding="utf-8")] for name, found in files.items()}
+    return {name: sum(json.loads(line)["length"] for line in found) for name, found in lines.items() if found}
 
 
 def accuracies(folder: Path) -> list[dict[str, Any]]:
@@ -82,6 +98,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "seconds": {name: stage["seconds"] for name, stage in summary["stages"].items()},
         "scores": SCORES,
+        "sampled_tokens": sampled_tokens(given.folder),
         "cases": held_out(given.folder) + accuracies(given.folder),
         "prompts": prompts(given.folder),
     }

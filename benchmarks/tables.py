@@ -11,6 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+NAMES = {
+    "sft": "SFT, the start of all",
+    "best_of_4": "best of 4 of SFT",
+    "raft": "RAFT",
+    "ppo": "PPO",
+    "online_dpo": "online DPO",
+    "iterative_dpo": "iterative DPO",
+    "dpo": "offline DPO",
+    "pretrain": "before",
+}
+
 RESULTS = Path(__file__).parent / "results"
 Result = Mapping[str, Any]
 
@@ -27,12 +38,90 @@ def quality(result: Result) -> str:
     return "\n".join(lines)
 
 
+def relatives(result: Result) -> str:
+    """Means over the seeds, the lowest and the highest of them, a row a method."""
+    columns = {
+        "gold": ("gold", 3),
+        "score": ("score", 2),
+        "kl": ("KL", 2),
+        "distinct_2": ("distinct-2", 3),
+        "sampled_tokens": ("tokens sampled", 0),
+        "seconds": ("seconds", 0),
+    }
+    lines = [f"| method | {' | '.join(title for title, _ in columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(line["case"] for line in result["cases"]):
+        by = {line["metric"]: line for line in result["cases"] if line["case"] == name}
+        cells = [spread(by[metric], places) if metric in by else "" for metric, (_, places) in columns.items()]
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def relatives_by_seed(result: Result) -> str:
+    """Gold of each seed with its interval over prompts."""
+    gold = [line for line in result["cases"] if line["metric"] == "gold"]
+    seeds = [each["seed"] for each in gold[0]["by_seed"]]
+    lines = [f"| gold | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+    for line in gold:
+        cells = [f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for one in line["by_seed"]]
+        lines.append(f"| {NAMES[line['case']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(line: Result, places: int) -> str:
+    if line["highest"] == 0:
+        return "0"
+    ends = f" ({line['lowest']:,.{places}f} to {line['highest']:,.{places}f})" if line["repeats"] > 1 else ""
+    return f"{line['ours']:,.{places}f}{ends if line['lowest'] < line['highest'] else ''}"
+
+
+def hh_raft(result: Result) -> str:
+    """What each round of RAFT found on held-out prompts."""
+    lines = ["| round | reward model | second reward model | KL | distinct-2 | length | ended |", "|---" * 7 + "|"]
+    for row in result["rounds"]:
+        scores = [f"{row[name]:.3f} ± {row[f'{name}_margin']:.3f}" for name in ("score", "second")]
+        rest = (f"{row['kl']:.2f}", f"{row['distinct_2']:.3f}", f"{row['length']:.1f}", f"{row['finished']:.2f}")
+        lines.append(f"| {row['round']} | {' | '.join([*scores, *rest])} |")
+    return "\n".join(lines)
+
+
+def hh_exploit(result: Result) -> str:
+    """The planted bonus for '#', with and without the rule that discards it."""
+    titles = ("run", "reward with the bonus", "share with '#'", "distinct-2", "first alarm")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for case in result["exploit"]:
+        moved = [f"{case[name][0]:.3f} → {case[name][1]:.3f}" for name in ("score", "hashes", "distinct_2")]
+        alarm = f"round {case['alarm_round']}" if case["alarm_round"] is not None else "none"
+        lines.append(f"| {case['case']} | {' | '.join(moved)} | {alarm} |")
+    return "\n".join(lines)
+
+
+def imdb(result: Result) -> str:
+    """Figures of held-out prompts, before and after each algorithm that was run."""
+    held = [line for line in result["cases"] if line["case"] == "held-out prompts"]
+    after = list(dict.fromkeys(line.get("algorithm", "ppo") for line in held))
+    lines = [f"| | before | {' | '.join(NAMES[name] for name in after)} |", "|---" * (len(after) + 2) + "|"]
+    for metric in dict.fromkeys(line["metric"] for line in held):
+        by = {line.get("algorithm", "ppo"): line for line in held if line["metric"] == metric}
+        first = next(iter(by.values()))["before"]
+        cells = [estimate(by[name]["ours"] if name in by else None) for name in after]
+        lines.append(f"| {metric} | {estimate(first)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def estimate(found: Result | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:.3f}" + ("" if found.get("low") is None else f" [{found['low']:.3f}, {found['high']:.3f}]")
+
+
 def interval(line: Result, side: str) -> str:
     return f"{line[side]:.3f} [{line[f'{side}_low']:.3f}, {line[f'{side}_high']:.3f}]"
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"quality": quality}
+TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {"quality": (quality,)}
+"""By the name of the result: the tables that its page shows."""
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TABLES:
-        print(TABLES[name](json.loads((RESULTS / f"{name}.json").read_text("utf-8"))))
+        result = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        print("\n\n".join(table(result) for table in TABLES[name]))
