@@ -101,8 +101,8 @@ def panels(
     rows: Sequence[Mapping[str, Any]], *, leave_out: Collection[str]
 ) -> tuple[dict[str, list[Series]], list[tuple[str, Any, Any]]]:
     """Every metric of the rows: what belongs into one panel, by its title, and (name, value, step) of those that show
-    no curve: fewer than two numbers, or one number throughout. A metric shares a panel with its held-out twin `eval/...`, and chosen with rejected; its margin is
-    a band around it."""
+    no curve: fewer than two numbers, or one number throughout. A metric shares a panel with its held-out twin
+    `eval/...`, and chosen with rejected; its margin is a band around it."""
     names = dict.fromkeys(key for row in rows for key in row if key not in leave_out)
     margins = {name: f"{name}_margin" for name in names if f"{name}_margin" in names}
     bases = {name.removeprefix("eval/") for name in names}

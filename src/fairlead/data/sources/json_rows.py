@@ -25,7 +25,8 @@ def json_rows(file: io.BufferedReader, name: str, notes: Counter[str]) -> Iterat
     """Rows of JSON Lines, which stream; of an array or of one object, which stand in memory whole.
 
     Lines end at ``\\n`` alone, so U+0085 and U+2028 inside a string survive; blank lines are no rows. The object
-    ``{"type": ..., "instances": [...]}``, or with instances alone, is a row an instance. NUL characters are kept, and noted.
+    ``{"type": ..., "instances": [...]}``, or with instances alone, is a row an instance. NUL characters are kept, and
+    noted.
 
     Raises DataError for what is not UTF-8 or not JSON, and for a row that is no object or holds half a surrogate pair.
     """
