@@ -104,3 +104,9 @@ def test_a_dense_reward_is_added_token_by_token() -> None:
     dense = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
     rewards = shaped_rewards(scores, kl, torch.tensor([2, 1]), kl_coef=1.0, dense=dense)
     torch.testing.assert_close(rewards, torch.tensor([[0.5, 3.5], [3.0, 0.0]]))
+
+
+@pytest.mark.parametrize("number", [3, 5, 7, 11])
+@pytest.mark.parametrize("score", [0.1, 0.7, -1.3, 123.4])
+def test_scores_that_differ_by_rounding_alone_teach_nothing(score: float, number: int) -> None:
+    assert group_centred(torch.full((1, number), score), scale=True).tolist() == [[0.0] * number]

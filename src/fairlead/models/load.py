@@ -17,7 +17,7 @@ from fairlead.models.adapters import StartAdapter
 from fairlead.models.identity import weights_sha256
 from fairlead.models.lm_head import check_logits
 from fairlead.models.precision import dtype_of
-from fairlead.models.pretrained import no_model, read_config, read_model
+from fairlead.models.pretrained import NO_CODE, brings_code, no_model, read_config, read_model
 from fairlead.models.quantize import is_quantised, prepare_quantised
 from fairlead.ops.sampling import stream_key
 
@@ -256,8 +256,10 @@ def load_tokenizer(origin: str) -> Any:
     is_whole = (Path(origin) / "tokenizer_config.json").is_file()  # a folder that holds a tokenizer alone will do
     folder = resolve_folder(origin) if Path(origin).exists() and not is_whole else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(origin if folder is None else str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(origin if folder is None else str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if brings_code(error):
+            raise ModelError(f"{origin}: its tokenizer is code of its own, which is not run", hint=NO_CODE) from error
         raise ModelError(f"{origin}: no tokenizer can be loaded: {error}", hint="give model.tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -266,7 +268,12 @@ def load_tokenizer(origin: str) -> Any:
 
 def read_meta(folder: Path | None) -> dict[str, Any]:
     path = None if folder is None else folder / META
-    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: {error}", hint="save or fetch the model again") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> Any:

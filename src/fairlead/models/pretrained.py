@@ -1,5 +1,6 @@
 """Weights as transformers reads them: safetensors or .bin, whole or in shards, of a folder or a hub id; in 8 or 4 bits
-where asked. What a checkpoint lacks is refused and never made up. Knows no roles and no tokenizers."""
+where asked. What a checkpoint lacks is refused and never made up, and code that lies beside it is never run. Knows no
+roles and no tokenizers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from fairlead.config import QuantizeSection
 from fairlead.errors import ModelError
 from fairlead.models import quantize
 
+NO_CODE = (
+    "use a model of a family that transformers itself knows; what a repository's own code would do, nobody can say"
+)
 Kind = Literal["causal language model", "sequence classifier"]
 
 
@@ -20,7 +24,7 @@ def read_config(origin: str, kind: Kind = "causal language model") -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(origin)
+        return AutoConfig.from_pretrained(origin, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise no_model(origin, kind, error) from error
 
@@ -53,9 +57,14 @@ def read_model(
     options: dict[str, Any] = {} if settings is None or found is not None else {"quantization_config": settings}
     try:
         model, info = made.from_pretrained(
-            origin, dtype=dtype, device_map={"": device}, output_loading_info=True, **options
+            origin,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # each kind of damage has a class of its own
         raise no_model(origin, kind, error) from error
     if missing := sorted(info["missing_keys"]):
         head = "its head, " if any(name.startswith(("score", "classifier", "lm_head")) for name in missing) else ""
@@ -79,7 +88,17 @@ def _leave_file(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
+def brings_code(error: Exception) -> bool:
+    """Whether transformers refused because it was not allowed to run the code that lies beside a model."""
+    return "trust_remote_code" in str(error)
+
+
 def no_model(origin: str, kind: Kind, error: Exception) -> ModelError:
+    if brings_code(error):
+        return ModelError(f"{origin} brings code of its own, which is not run", hint=NO_CODE)
+    if "Weights only load failed" in str(error):
+        hint = "use its safetensors, or save it anew where it is trusted"
+        return ModelError(f"{origin} holds a pickle that is more than tensors, which is not opened", hint=hint)
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(
         f"{origin} cannot be loaded as a {kind}: {said}",

@@ -8,13 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
-from fairlead.errors import RunError
+from fairlead.config_file import parse_yaml
+from fairlead.errors import ConfigError, RunError
 
 Row = dict[str, Any]
 """One JSON object of a file."""
@@ -164,7 +164,7 @@ def read_run(path: Path) -> Run:
             return {}
         try:
             value = parse(content)
-        except (ValueError, yaml.YAMLError):
+        except (ValueError, RecursionError, ConfigError):
             value = None
         if isinstance(value, dict):
             return value
@@ -186,7 +186,7 @@ def read_run(path: Path) -> Run:
     return Run(
         name=path.resolve().name,
         path=path,
-        recipe=mapping("recipe.yaml", yaml.safe_load),
+        recipe=mapping("recipe.yaml", partial(parse_yaml, place="recipe.yaml")),
         manifest=mapping("manifest.json", json.loads),
         summary=mapping("summary.json", json.loads),
         metrics=_by_step(rows("metrics.jsonl")),
@@ -315,7 +315,7 @@ def _distinct(runs: list[Run]) -> list[Run]:
 def _object(line: str) -> Row | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -119,7 +119,7 @@ def write_model(
 
     has_tokenizer = (source.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(source.folder if has_tokenizer else source.base))
-    layout = Layout.of(source, AutoConfig.from_pretrained(source.base), tensors)
+    layout = Layout.of(source, AutoConfig.from_pretrained(source.base, trust_remote_code=False), tensors)
     sizes = layout.sizes(dtype)
     _refuse_full_disk(folder, sum(sizes.values()))
     weights: Weights = layout.stored

@@ -64,7 +64,7 @@ def load(folder: Path, *, scores: bool, device: str, quantised: Quantisation | N
         dtype = quantised.dtype
         if quantised.section is not None:
             options["quantization_config"] = bits_and_bytes(quantised.section, torch.device(device))
-    model: Any = auto.from_pretrained(folder, dtype=dtype, device_map={"": device}, **options)
+    model: Any = auto.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, **options)
     return model.eval()
 
 
