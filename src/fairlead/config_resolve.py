@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from fairlead.config import Recipe
@@ -31,6 +32,10 @@ class ResolvedRecipe:
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.recipe.model_dump(mode="json"), self.section: self.recipe.settings.model_dump(mode="json")}
+
+    def as_yaml(self) -> str:
+        """As it stands in a run's recipe.yaml."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(

@@ -7,7 +7,8 @@ FairleadError           1
 ├── TrainingError       5   a step that cannot be taken (non-finite gradient, nothing to learn from)
 ├── CheckpointError     6   a checkpoint that is torn, of another version, or cannot be written
 ├── RunError            7   a run directory that exists, is missing or belongs to another recipe
-└── Interrupted       130   stopped by the user or the system; the run can be continued
+└── Interrupted       130   stopped by the user (SIGINT); the run can be continued
+    └── Terminated    143   the same by the system (SIGTERM)
 """
 
 from __future__ import annotations
@@ -55,3 +56,7 @@ class RunError(FairleadError):
 
 class Interrupted(FairleadError):
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    exit_code = 143

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,13 +57,17 @@ def fingerprints(recipe: Recipe, given: Given) -> dict[str, dict[str, str]]:
     return found
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def write_manifest(
     directory: RunDirectory, stage: Stage, algorithm: Algorithm[Any], inputs: dict[str, Any], notes: Sequence[str]
 ) -> None:
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created, forked = now(), {}
     if directory.manifest.is_file():
         before = directory.read_json("manifest.json")
-        created = before["created"]
+        created, forked = before["created"], {name: before[name] for name in ("parent",) if name in before}
         changed = [name for name in inputs if before["inputs"].get(name) != inputs[name]]
         if changed:
             raise RunError(
@@ -77,6 +81,7 @@ def write_manifest(
             "algorithm": algorithm.name,
             "name": directory.path.name,
             "created": created,
+            **forked,
             "seed": stage.recipe.seed,
             "versions": versions(),
             "hardware": {
@@ -91,6 +96,16 @@ def write_manifest(
             "notes": list(notes),
         },
     )
+
+
+def keep_threads(directory: RunDirectory, say: Callable[[str], None]) -> None:
+    """An unfinished run goes on with the CPU threads it began with: at another number its last bits differ."""
+    if not directory.manifest.is_file():
+        return
+    threads, here = directory.read_json("manifest.json")["hardware"]["threads"], torch.get_num_threads()
+    if threads != here:
+        torch.set_num_threads(threads)
+        say(f"{directory.path} was begun with {threads} CPU threads and goes on with as many; this process had {here}")
 
 
 class BudgetNote:

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from fairlead.algorithms import find
 from fairlead.algorithms.stage import Stage
 from fairlead.assemble import Given, assemble, sample_prompts
 from fairlead.config import Recipe
 from fairlead.config_resolve import ResolvedRecipe, flatten, load_recipe
-from fairlead.errors import RunError
+from fairlead.errors import Interrupted, RunError
 from fairlead.health.alarms import Alarms
-from fairlead.manifest import BudgetNote, fingerprints, write_manifest
+from fairlead.manifest import BudgetNote, fingerprints, keep_threads, write_manifest
 from fairlead.models.card import write_card
 from fairlead.models.export import save_model
 from fairlead.models.precision import autocast_of
@@ -122,9 +121,11 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
         torch.set_num_threads(recipe.threads)
     torch.backends.cuda.matmul.allow_tf32 = recipe.model.tf32
     inputs = fingerprints(recipe, given)
-    directory = RunDirectory.create(path, yaml.safe_dump(resolved.as_dict(), sort_keys=False, allow_unicode=True))
+    directory = RunDirectory.create(path, resolved.as_yaml())
     with directory.lock():
         _refuse_finished(directory)
+        directory.clear_leftovers()
+        keep_threads(directory, _say)
         try:
             stage, notes = assemble(recipe, algorithm, given, path, say=_say)
             source = algorithm.source(stage)
@@ -193,7 +194,7 @@ def _train(
                 observers,
                 clock,
                 seed=recipe.seed,
-                measure=_due(recipe, source, measure),
+                measure=_due(recipe, source, measure, continued=found is not None),
                 scale=scale,
                 budget=stage.budget,
                 stop=lambda: patience.is_over,
@@ -211,7 +212,7 @@ def _train(
         status = "interrupted"
         raise
     except Exception as error:
-        status = "interrupted" if type(error).__name__ == "Interrupted" else "failed"
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
         raise
     finally:
         for observer in observers:
@@ -230,10 +231,18 @@ def _sinks(directory: RunDirectory, recipe: Recipe) -> list[Any]:
     ]
 
 
-def _due(recipe: Recipe, source: Source, measure: Callable[[], dict[str, float]]) -> Callable[[int], dict[str, float]]:
-    """Asks for the number of steps anew each time: a source may end early."""
+def _due(
+    recipe: Recipe, source: Source, measure: Callable[[], dict[str, float]], *, continued: bool
+) -> Callable[[int], dict[str, float]]:
+    """Asks for the number of steps anew each time: a source may end early. Step 0 of a ``continued`` run has been
+    measured: its checkpoint is of after that."""
     every = recipe.train.eval_every
-    return lambda step: measure() if step in (0, source.num_steps) or (every is not None and step % every == 0) else {}
+
+    def due(step: int) -> dict[str, float]:
+        is_due = step == source.num_steps or (every is not None and step % every == 0)
+        return measure() if (is_due if step else not continued) else {}
+
+    return due
 
 
 class _Samples:

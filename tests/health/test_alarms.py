@@ -90,13 +90,15 @@ def test_rewards_are_zero_where_a_round_takes_the_policy_as_its_reference_and_th
 
 def test_an_alarm_shows_a_sample_of_the_newest_round_with_what_each_reward_says(tmp_path: Path) -> None:
     directory = _directory(tmp_path)
-    for number, text in ((999, "old"), (1000, "####")):
+    for number, text in ((999, "old"), (1000, "####"), (1001, "of a round that a killed process was ahead")):
         row: dict[str, Any] = {"prompt": "p", "response": text, "score": 1.5, "scores": {"a": 1.0, "rule:length": 0.5}}
         (directory.rounds / str(number)).mkdir(parents=True)
         discarded = {"prompt": "p", "response": "", "score": None, "discarded": "empty"}
         lines = [json.dumps(each) + "\n" for each in (discarded, row)]
         (directory.rounds / str(number) / "scored.jsonl").write_text("".join(lines))
-    _told(Alarms(directory, lambda _: None), [SOUND | {"objective/scores_std": 0.0}])
+    (directory.rounds / "000").mkdir()
+    (directory.rounds / "000" / "samples.jsonl").write_text(json.dumps({"response": "####"}) + "\n")
+    _told(Alarms(directory, lambda _: None), [SOUND | {"objective/scores_std": 0.0, "rollout/round": 1000.0}])
     message = json.loads(directory.alarms.read_text())["message"]
     assert "every response of the round scores 0.4" in message
     assert message.endswith("For example: '####' (a 1, rule:length 0.5; round 1000)")

@@ -81,6 +81,25 @@ def test_an_interrupted_chunk_is_sampled_again_in_full(tmp_path: Path) -> None:
     assert store.chunk(0, 0, PROMPTS, rollouts) == rollouts()
 
 
+@pytest.mark.parametrize("bit", [0x20])
+def test_a_chunk_in_which_any_byte_changed_is_sampled_again(tmp_path: Path, bit: int) -> None:
+    store, path = RolloutStore(tmp_path), tmp_path / "000" / "chunk-000.json"
+    store.chunk(0, 0, PROMPTS, rollouts)
+    data, sampled = path.read_bytes(), list[int]()
+
+    def sample() -> list[Rollout]:
+        sampled.append(1)
+        return rollouts()
+
+    for at in range(len(data)):
+        path.write_bytes(bytes([*data[:at], data[at] ^ bit, *data[at + 1 :]]))
+        assert store.chunk(0, 0, PROMPTS, sample) == rollouts()
+        assert path.read_bytes() == data
+    assert len(sampled) == len(data)
+    path.write_bytes(data[: len(data) // 2])
+    assert store.chunk(0, 0, PROMPTS, sample) == rollouts()
+
+
 # --- rounds --------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +150,28 @@ def test_a_round_whose_file_was_changed_is_an_error_that_names_it(
     with pytest.raises(CheckpointError, match=rf"000/{name} was changed after it was written\nhint: "):
         store.load(0)
     store.load(1)
+
+
+def test_no_byte_of_the_checksums_can_change_to_a_crash_or_to_other_rows(tmp_path: Path) -> None:
+    store, path = RolloutStore(tmp_path), tmp_path / "000" / "round.json"
+    digest, data, noticed = store.save(0, tensors(), TEXTS), path.read_bytes(), 0
+    for at in range(len(data)):
+        for bit in (1, 0x20):
+            path.write_bytes(bytes([*data[:at], data[at] ^ bit, *data[at + 1 :]]))
+            try:
+                assert store.load(0)[1] == digest  # a blank that became another
+            except CheckpointError as error:
+                noticed += 1
+                assert "was changed after it was written\nhint: " in str(error)
+    assert noticed > 1.9 * len(data)
+
+
+def test_chunks_that_a_kill_left_beside_a_whole_round_go_when_it_is_read(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.save(0, tensors(), TEXTS)
+    store.chunk(0, 0, PROMPTS, rollouts)
+    store.load(0)
+    assert sorted(os.listdir(tmp_path / "000")) == FILES
 
 
 def test_the_scored_rows_that_are_kept_get_a_file_of_their_own(tmp_path: Path) -> None:

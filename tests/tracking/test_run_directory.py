@@ -221,3 +221,15 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, content: str) -> None:
 
     with pytest.raises(RunError, match=r"manifest\.json is damaged"):
         run.read_json("manifest.json")
+
+
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", "seed: 0\n")
+    kept = ["recipe.yaml", ".stage.json", "checkpoints/step-000001/manifest.json", "rounds/000/round.json"]
+    torn = [".summary.json.1234.tmp", ".writing-model/config.json", "checkpoints/.writing-step-000002/state.json"]
+    torn += ["rounds/001/.writing-chunk-000.json"]
+    for name in (*kept, *torn):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+    run.clear_leftovers()
+    assert sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()) == sorted(kept)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fairlead.config import OptimSection
 from fairlead.errors import CheckpointError, Interrupted
 from fairlead.training import checkpoint
-from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest, verify
+from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest, sealed, verify
 from fairlead.training.optim import Optimizer
 from fairlead.types import Progress
 
@@ -75,7 +75,8 @@ def saved(folder: Path, step: int) -> Path:
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(sealed(manifest | changes))
 
 
 # --- there and back ------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ DAMAGES = {
     "empty manifest": lambda folder: os.truncate(folder / "manifest.json", 0),
     "cut manifest": cut("manifest.json"),
     "manifest of another kind": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "manifest without files": lambda folder: (folder / "manifest.json").write_text('{"format_version": 1}'),
+    "manifest without files": lambda folder: (folder / "manifest.json").write_text('{"format_version": 2}'),
     "cut weights": cut("model.safetensors"),
     "cut state": cut("state.json"),
     "flipped weights": flip("model.safetensors"),
@@ -189,27 +190,38 @@ def test_no_checkpoint_is_none_and_no_word_is_lost_about_it(tmp_path: Path) -> N
     assert len(said) == 1
 
 
-def test_no_flipped_bit_of_a_manifest_crashes_the_reader(tmp_path: Path) -> None:
-    """It makes the checkpoint damaged or foreign, or stands where nothing is compared."""
+@pytest.mark.parametrize("bit", [1, 0x20])
+def test_any_byte_that_changes_in_any_file_is_noticed_and_the_checkpoint_before_is_used(
+    tmp_path: Path, bit: int
+) -> None:
+    before, folder = saved(tmp_path, 1), saved(tmp_path, 2)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        for at in range(0, len(data), 1 if path.name == "manifest.json" else 7):
+            path.write_bytes(bytes([*data[:at], data[at] ^ bit, *data[at + 1 :]]))
+            said: list[str] = []
+            assert newest(tmp_path, said.append) == before, f"{path.name}, byte {at}"
+            assert len(said) == 1 and "the checkpoint before it is used" in said[0]
+        path.write_bytes(data)
+    assert newest(tmp_path, print) == folder
+
+
+def test_a_manifest_written_before_manifests_had_a_checksum_is_of_another_version(tmp_path: Path) -> None:
     path = saved(tmp_path, 1) / "manifest.json"
-    data, outcomes = path.read_bytes(), set[str]()
-    for at in range(len(data)):
-        path.write_bytes(bytes([*data[:at], data[at] ^ 2, *data[at + 1 :]]))
-        try:
-            outcomes.add("whole" if verify(path.parent) is None else "damaged")
-        except CheckpointError:
-            outcomes.add("foreign")
-    assert outcomes == {"whole", "damaged", "foreign"}
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(json.dumps(old | {"format_version": 1}, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match="has format version 1, this Fairlead reads 2"):
+        verify(path.parent)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_an_error_and_not_passed_over(tmp_path: Path, version: Any) -> None:
     saved(tmp_path, 1)
     folder = saved(tmp_path, 2)
     rewrite_manifest(folder, format_version=version)
     for act in (lambda: verify(folder), lambda: newest(tmp_path, print), lambda: fresh().load(folder)):
         with pytest.raises(
-            CheckpointError, match=rf"has format version {version}, this Fairlead reads 1\nhint: "
+            CheckpointError, match=rf"has format version {version}, this Fairlead reads 2\nhint: "
         ) as caught:
             act()
         assert caught.value.exit_code == 6
@@ -361,6 +373,14 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [5, 6]
 
 
+def test_what_a_kill_left_to_be_pruned_is_pruned_when_the_run_ends(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, fresh(), every=1, keep=2, best=None)
+    walk(checkpointer, 3)
+    (tmp_path / "step-000001").mkdir()
+    checkpointer.close()
+    assert steps_of(tmp_path) == [2, 3]
+
+
 def test_pruning_goes_by_number_also_after_a_million(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, fresh(), every=1, keep=1, best=None)
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
@@ -423,13 +443,14 @@ def test_a_checkpoint_knows_that_it_is_the_best(tmp_path: Path) -> None:
     assert stored["checkpointer"] == {"best_step": 3, "best_value": 0.5}
 
 
-def test_a_request_to_stop_saves_and_interrupts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_request_to_stop_saves_and_interrupts(tmp_path: Path, reason: str, code: int) -> None:
     checkpointer = Checkpointer(tmp_path, fresh(), every="never", keep=2, best=None)
     checkpointer.after_step(Progress(1, 9, {}, 0, 0.0))
-    checkpointer.stop_reason = "SIGTERM"
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 2 of 9; all is saved\nhint: ") as caught:
+    checkpointer.stop_reason = reason
+    with pytest.raises(Interrupted, match=rf"stopped by {reason} after step 2 of 9; all is saved\nhint: ") as caught:
         checkpointer.after_step(Progress(2, 9, {}, 0, 0.0))
-    assert caught.value.exit_code == 130
+    assert caught.value.exit_code == code
     assert steps_of(tmp_path) == [2]
     assert verify(checkpointer.path(2)) is None
 

@@ -22,12 +22,14 @@ class Alarms:
         self._directory, self._say = directory, say
         self._rules = (*rules, phrase_rule(directory.rounds))
         self._raised = set[str]()
+        self._round = 0
         self._beginning: dict[str, list[float]] = {}
 
     def after_step(self, progress: Progress) -> None:
         metrics = {name: value for name, value in progress.metrics.items() if math.isfinite(value)}
         if not progress.step:
             return
+        self._round = int(metrics.get("rollout/round", self._round))
         start = {name: sum(seen) / len(seen) for name, seen in self._beginning.items()}
         for rule in self._rules:
             if progress.step < rule.since or not all(name in metrics for name in rule.needs):
@@ -44,7 +46,7 @@ class Alarms:
                 seen.append(value)
 
     def _raise(self, step: int, name: str, message: str) -> None:
-        if sample := _newest_sample(self._directory.rounds):
+        if sample := _newest_sample(self._directory.rounds, self._round):
             message = f"{message}. For example: {sample}"
         self._directory.append("alarms.jsonl", [{"step": step, "alarm": name, "message": message}])
         self._say(f"alarm at step {step}: {name}: {message}")
@@ -52,16 +54,18 @@ class Alarms:
     def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        return {"raised": sorted(self._raised), "beginning": self._beginning}
+        return {"raised": sorted(self._raised), "beginning": self._beginning, "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._raised = set(state["raised"])
+        self._raised, self._round = set(state["raised"]), int(state["round"])
         self._beginning = {name: [float(value) for value in seen] for name, seen in state["beginning"].items()}
 
 
-def _newest_sample(folder: Path) -> str:
-    """The first response of the newest round that was scored, with its score; of several rewards with each one's."""
-    rounds = sorted(folder.glob("*/scored.jsonl"), key=lambda path: int(path.parent.name))
+def _newest_sample(folder: Path, last: int) -> str:
+    """The first response of the newest round that was scored, with its score; of several rewards with each one's.
+    Rounds after the ``last`` are there where a run goes on from before them."""
+    found = [path for path in folder.glob("*/scored.jsonl") if int(path.parent.name) <= last]
+    rounds = sorted(found, key=lambda path: int(path.parent.name))
     if not rounds:
         return ""
     with rounds[-1].open(encoding="utf-8", errors="surrogatepass") as file:

@@ -37,12 +37,12 @@ class RolloutStore:
     ) -> list[Rollout]:
         """The rollouts of one chunk of prompts: read back when they were sampled before, else sampled and saved."""
         path = self._path(round_number, f"chunk-{number:03d}.json")
-        if path.is_file():
-            rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+        rows = _chunk_rows(path)
+        if rows is not None:
             return [Rollout(prompt, **_frozen(row)) for prompt, row in zip(prompts, rows, strict=True)]
         rollouts = sample()
         rows = [{k: v for k, v in asdict(rollout).items() if k != "prompt"} for rollout in rollouts]
-        _write(path, json.dumps(rows).encode())
+        _write(path, _sealed(json.dumps(rows).encode()))
         return rollouts
 
     def sample(
@@ -85,18 +85,33 @@ class RolloutStore:
         for name, blob in blobs.items():
             _write(self._path(round_number, name), blob)
         _write(self._path(round_number, CHECKSUMS), (json.dumps(digests, indent=1) + "\n").encode())
+        self._drop_chunks(round_number)
+        return digests[TENSORS]
+
+    def _drop_chunks(self, round_number: int) -> None:
         for chunk in self._path(round_number, "").glob("chunk-*.json"):
             chunk.unlink()
-        return digests[TENSORS]
 
     def load(self, round_number: int) -> tuple[dict[str, Tensor], str]:
         """Tensors of a finished round and their hash. Raises CheckpointError when a file was changed."""
-        digests = json.loads(self._path(round_number, CHECKSUMS).read_text("utf-8"))
+        try:
+            digests: dict[str, str] = json.loads(self._path(round_number, CHECKSUMS).read_bytes())
+        except ValueError:
+            raise self._changed(round_number, CHECKSUMS) from None
         for name, digest in digests.items():
             path = self._path(round_number, name)
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                raise CheckpointError(f"{path} was changed after it was written", hint="remove the run and start again")
+                raise self._changed(round_number, name)
+        if TENSORS not in digests:
+            raise self._changed(round_number, CHECKSUMS)
+        self._drop_chunks(round_number)  # a kill may have come between the checksums and this
         return load_file(self._path(round_number, TENSORS)), digests[TENSORS]
+
+    def _changed(self, round_number: int, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path(round_number, name)} was changed after it was written",
+            hint="`fairlead resume RUN at=STEP` goes back to a checkpoint before this round, and makes it anew",
+        )
 
     def select(self, round_number: int, keep: Sequence[bool]) -> None:
         """Put those of a finished round's scored rows that are kept into a file of their own."""
@@ -106,6 +121,18 @@ class RolloutStore:
 
     def _path(self, round_number: int, name: str) -> Path:
         return self._folder / f"{round_number:03d}" / name
+
+
+def _sealed(blob: bytes) -> bytes:
+    """A line with the checksum of what follows."""
+    return hashlib.sha256(blob).hexdigest().encode() + b"\n" + blob
+
+
+def _chunk_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a chunk; none where it is not there, or damaged: then it is sampled again, to the same rows."""
+    data = path.read_bytes() if path.is_file() else b""
+    blob = data.partition(b"\n")[2]
+    return json.loads(blob) if data and data == _sealed(blob) else None
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -69,11 +69,17 @@ class MetricsLog:
         self._sinks = (*self._sinks, *sinks)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "tokens": self._tokens, "seconds": self._seconds}
+        return {
+            "sums": dict(self._sums),
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+            "unwritten": [*self._unwritten],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
         self._tokens, self._seconds = state["tokens"], state["seconds"]
+        self._unwritten = [*state["unwritten"]]
 
     def _take_means(self) -> dict[str, float]:
         means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -190,6 +191,16 @@ class RunDirectory:
             path = self.path / name
             if path.exists() and path.read_bytes() != kept:
                 self._replace(name, kept)
+
+    def clear_leftovers(self) -> None:
+        """Removes what killed processes were writing. Only with the lock held."""
+        for pattern in (".*.tmp", ".writing-*", "checkpoints/.writing-*", "rounds/*/.writing-*"):
+            for path in self.path.glob(pattern):
+                with _explained("remove", path):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fairlead.config import parse_interval
-from fairlead.errors import CheckpointError, Interrupted
+from fairlead.errors import CheckpointError, Interrupted, Terminated
 from fairlead.training.optim import Optimizer
 from fairlead.training.patience import better
 from fairlead.types import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Stateful(Protocol):
@@ -70,7 +70,7 @@ class RunState:
             }
             for name in files:
                 _fsync(temporary / name)
-            write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            write_text(temporary / "manifest.json", sealed(manifest))
             _fsync(temporary)
             if folder.exists():  # damaged, or torn by an earlier crash
                 shutil.rmtree(folder)
@@ -115,14 +115,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as text, with a checksum of its own."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1) + "\n"
+
+
 def _manifest(folder: Path) -> dict[str, Any] | str:
     """The manifest, or why there is none. A foreign format version raises."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        text = (folder / "manifest.json").read_bytes().decode("utf-8")
+        manifest = json.loads(text)
         if not isinstance(manifest, dict) or "format_version" not in manifest:
             raise ValueError("manifest.json names no format version")
-        if manifest["format_version"] == FORMAT_VERSION and not {"threads", "files"} <= manifest.keys():
-            raise ValueError("manifest.json lacks its files or threads")
+        is_sealed = "sha256" in manifest or manifest["format_version"] == FORMAT_VERSION
+        if is_sealed and text != sealed({name: value for name, value in manifest.items() if name != "sha256"}):
+            raise ValueError("manifest.json does not match its checksum")
     except (OSError, ValueError) as error:
         return f"{folder} is not a whole checkpoint: {error}"
     if manifest["format_version"] != FORMAT_VERSION:
@@ -147,7 +155,7 @@ def verify(folder: Path) -> str | None:
 
 def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole; a damaged one is named and passed over."""
-    folders = _by_step(checkpoints)
+    folders = by_step(checkpoints)
     while folders:
         folder = folders.pop()
         problem = verify(folder)
@@ -157,7 +165,7 @@ def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _by_step(checkpoints: Path) -> list[Path]:
+def by_step(checkpoints: Path) -> list[Path]:
     """The checkpoints from the oldest to the newest; their names grow longer after a million steps."""
     return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
@@ -202,12 +210,14 @@ class Checkpointer:
             self._last_time = time.monotonic()
             self._prune()
         if self.stop_reason and not last:
-            raise Interrupted(
+            kind = Terminated if self.stop_reason == "SIGTERM" else Interrupted
+            raise kind(
                 f"stopped by {self.stop_reason} after step {progress.step} of {progress.num_steps}; all is saved",
                 hint="the same command continues the run",
             )
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._prune()  # a kill may have come between the last checkpoint and this
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_step": self.best_step, "best_value": self.best_value}
@@ -227,7 +237,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         best = None if self.best_step is None else self.path(self.best_step)
-        for folder in _by_step(self._folder)[: -self._keep]:
+        for folder in by_step(self._folder)[: -self._keep]:
             if folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
