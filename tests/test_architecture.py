@@ -27,7 +27,7 @@ LAYERS = [
     {"training", "tracking", "rollout"},
     {"algorithms"},
     {"report", "health", "planning"},
-    {"assemble", "manifest", "runner"},
+    {"assemble", "manifest", "runner", "continuation"},
     {"evaluation", "inspection"},
     {
         "cli",
@@ -44,7 +44,14 @@ LAYERS = [
 ]
 """Imports point down: a room imports itself and rooms of layers above it in this list."""
 
-NEIGHBOURS = {("runner", "assemble"), ("runner", "manifest"), ("manifest", "assemble")}
+NEIGHBOURS = {
+    ("runner", "assemble"),
+    ("runner", "manifest"),
+    ("manifest", "assemble"),
+    ("continuation", "assemble"),
+    ("continuation", "manifest"),
+    ("continuation", "runner"),
+}
 """Imports inside a layer, besides those of the last one, whose rooms are the ways in."""
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -21,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Takes a language model and preferences and returns an aligned model.",
+    epilog="Ctrl-C and SIGTERM end a run after saving at the next step's end, with exit code 130 or 143; the same "
+    "command continues it.",
 )
 for verb in (generate, score, select):
     app.command()(verb)
@@ -46,15 +48,31 @@ def train(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="the directory of an unfinished run")], as_json: AsJson = False
+    run: Annotated[Path, typer.Argument(help="the directory of a run")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="at=STEP goes back to that checkpoint; what came after it is removed")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Continue an unfinished run from its last checkpoint."""
-    from fairlead.config_file import read_mapping
-    from fairlead.runner import resolve, run_stage
-    from fairlead.tracking import RunDirectory
+    """Continue an unfinished run from its last checkpoint, or any run from an earlier one."""
+    from fairlead import continuation
 
-    recipe, _ = read_mapping(RunDirectory.open(run).recipe)
-    result = run_stage(resolve(recipe), folder=run)
+    result = continuation.resume(run, settings or [])
+    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+
+
+@app.command()
+def fork(
+    run: Annotated[Path, typer.Argument(help="the directory of a run")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="at=STEP and the settings to change, as section.key=value")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Begin a new run from a checkpoint of another, with other settings."""
+    from fairlead import continuation
+
+    result = continuation.fork(run, settings or [])
     _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
 
 

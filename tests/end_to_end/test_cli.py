@@ -23,6 +23,7 @@ from fairlead.training import checkpoint
 VERBS = {
     "train",
     "resume",
+    "fork",
     "prepare",
     "inspect",
     "pipeline",

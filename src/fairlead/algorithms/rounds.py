@@ -200,7 +200,7 @@ class RolloutSource:
             "rollout": self._digest,
             "shaping": self._shaper.state_dict(),
             "plateau": self._plateau.state_dict(),
-            "num_steps": self.num_steps,
+            "num_steps": self.num_steps if self._is_last and self._is_over else None,
             "ended": self.ended,
         }
 
@@ -209,7 +209,7 @@ class RolloutSource:
         self._is_over, self._digest = bool(state["is_over"]), str(state["rollout"])
         self._shaper.load_state_dict(state["shaping"])
         self._plateau.load_state_dict(state["plateau"])
-        self.num_steps, self.ended = int(state["num_steps"]), str(state["ended"])
+        self.num_steps, self.ended = state["num_steps"] or self.num_steps, str(state["ended"])
 
 
 def _learned(experience: Experience, keep: Tensor | None, epochs: int) -> list[dict[int, list[int]]]:

@@ -181,6 +181,7 @@ class Shaper:
         return {"kl_coef": self._kl_coef, "moments": [m.number, m.mean, m.squares]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kl_coef = float(state["kl_coef"])
+        if self._settings.adaptive_kl is not None:  # else the recipe says it, a fork's another than its parent's
+            self._kl_coef = float(state["kl_coef"])
         number, mean, squares = state["moments"]
         self._moments = Moments(int(number), float(mean), float(squares))
