@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers chaos bench-checkpoint lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ fuzz: environment ## try every reader on many more hostile examples than the tes
 
 slow: environment ## run the slow tests only
 	.venv/bin/python -m pytest -n 2 -m slow $(ARGS)
+
+chaos: environment ## kill runs of eight algorithms 200 times each, and compare (ARGS="ppo --kills 20 --minutes 2")
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos $(ARGS)
 
 lint: environment ## check style, format and types
 	@bash scripts/check ruff format types
@@ -74,6 +77,9 @@ bench-memory: environment ## peak memory of PPO with four roles on one base (ARG
 
 mutants: environment ## seed the defects of tests/mutants one at a time: does a test fail? (ARGS="--only ops/kl.py")
 	.venv/bin/python -m tests.mutants $(ARGS)
+
+bench-checkpoint: environment ## what checkpoints cost of a run's time (ARGS="--minutes 1")
+	.venv/bin/python benchmarks/checkpoint.py $(ARGS)
 
 bench-gpu: environment ## check and measure every stage on one NVIDIA GPU (ARGS="--out FILE --size 0.5B")
 	.venv/bin/python -m benchmarks.gpu $(ARGS)
