@@ -406,6 +406,12 @@ def whole(folder: Path) -> bool:
     return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in files.items())
 
 
+def rewrite_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(checkpoint.sealed(manifest | changes), "utf-8")
+
+
 def test_a_finished_run_and_a_run_of_another_recipe_are_not_overwritten(runs: Runs, fairlead_command: Command) -> None:
     model = runs.finished / "model" / "model.safetensors"
     before = model.read_bytes()
@@ -439,17 +445,15 @@ def test_an_unfinished_run_is_not_evaluated(unfinished: Path, fairlead_command: 
 
 
 def test_a_checkpoint_of_another_format_version_is_refused(unfinished: Path, fairlead_command: Command) -> None:
-    path = unfinished / "checkpoints" / "step-000002" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}), "utf-8")
+    rewrite_manifest(unfinished / "checkpoints" / "step-000002", format_version=99)
     done = fairlead_command("resume", unfinished)
-    explained(done, 6, "step-000002 has format version 99, this Fairlead reads 1", "hint: continue the run with")
+    explained(done, 6, "step-000002 has format version 99, this Fairlead reads 2", "hint: continue the run with")
     assert half_written(unfinished) == []
     assert whole(unfinished / "checkpoints" / "step-000001")
 
 
 def test_another_number_of_threads_is_refused_with_the_one_to_set(unfinished: Path, fairlead_command: Command) -> None:
-    path = unfinished / "checkpoints" / "step-000002" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 7}), "utf-8")
+    rewrite_manifest(unfinished / "checkpoints" / "step-000002", threads=7)
     done = fairlead_command("resume", unfinished)
     explained(done, 6, "was trained with 7 CPU threads, this process has 1", "hint: set threads=7")
 
