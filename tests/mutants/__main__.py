@@ -1,9 +1,9 @@
 """Seeds the defects of the lists one at a time into a copy of the package, and runs the tests near it: which one fails?
 
-python -m tests.mutants --out benchmarks/results/mutants.json [--only FILE_OR_NAME ...] [--jobs 2]
+python -m tests.mutants --out benchmarks/results/mutants.json [--only FILE_OR_NAME ...] [--rest] [--jobs 2]
 
 Each run is a fork of this process, which has imported the libraries already. At the end the tests that caught something
-run on the package as it is, and must pass. With --only the other results are kept.
+run on the package as it is, and must pass. With --only, and with --rest (what has no result yet), others are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -156,9 +156,10 @@ def judged(defect: Defect, found: Run) -> dict[str, Any]:
     }
 
 
-def chosen(only: Sequence[str]) -> Iterator[Defect]:
+def chosen(only: Sequence[str], known: Collection[str]) -> Iterator[Defect]:
+    """Those asked for; else those that are not ``known``."""
     for defect in defects():
-        if not only or any(word in (defect.name, defect.file) for word in only):
+        if any(word in (defect.name, defect.file) for word in only) if only else defect.name not in known:
             yield defect
 
 
@@ -173,6 +174,7 @@ def result(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()},
         "defects": len(rows),
+        "not_run": len(defects()) - len(rows),
         "equivalent": len(rows) - len(real),
         "caught": caught,
         "score": caught / len(real),
@@ -184,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "mutants.json")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--rest", action="store_true", help="only what has no result yet")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -192,19 +195,20 @@ def main() -> None:
         __import__(name)
     gc.freeze()  # what is imported is never looked through again, by no fork
     compileall.compile_dir(PACKAGE, quiet=1)
-    wanted = list(chosen(given.only))
-    tasks = [(tier(defect.file), defect) for defect in wanted]
-    rows = {wanted[number].name: judged(wanted[number], found) for number, found in runs(tasks, given.jobs)}
-    refuse_false_alarms(rows.values())
+    rows = {row["name"]: row for row in json.loads(given.out.read_text("utf-8"))["cases"]} if given.out.exists() else {}
+    wanted = list(chosen(given.only, rows if given.rest else ()))
+    rows = rows if given.only or given.rest else {}
+    for number, found in runs([(tier(defect.file), defect) for defect in wanted], given.jobs):
+        rows[wanted[number].name] = judged(wanted[number], found)
+        _save(given.out, rows)
+    refuse_false_alarms(rows[defect.name] for defect in wanted)
     if long := [row for row in rows.values() if not row["caught"] and row["seconds"] > TIER_SECONDS]:
         sys.exit(f"the tests of {long[0]['file']} take {long[0]['seconds']} s, a tier at most {TIER_SECONDS}")
-    if given.only and given.out.exists():
-        rows = {row["name"]: row for row in json.loads(given.out.read_text("utf-8"))["cases"]} | rows
+
+
+def _save(out: Path, rows: Mapping[str, dict[str, Any]]) -> None:
     found = result([rows[defect.name] for defect in defects() if defect.name in rows])
-    given.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(
-        f"{found['caught']} of {found['defects'] - found['equivalent']} caught: {found['score']:.1%}", file=sys.stderr
-    )
+    out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
