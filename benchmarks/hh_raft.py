@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.pipelines import RESULTS, Row, about, read_json, read_rows, sampled_tokens, write_result
 
 COMMAND = "fairlead pipeline hh-raft-tiny data.path=harmless-base/test.jsonl.gz data.text=FOLDER_OF_PLAIN_TEXT"
-MEASURED = ("score", "score_margin", "second", "second_margin", "kl", "distinct_2", "length", "finished", "perplexity")
+MEASURED = ("score", "score_margin", "second", "second_margin", "kl", "distinct_2", "length", "finished")
 EXPLOIT = {"exploit": "nothing discarded", "guarded": "'#' discarded"}
 
 
@@ -32,7 +32,9 @@ def exploit(run: Path, case: str) -> Row:
     learned = [row for row in read_rows(run / "metrics.jsonl") if "objective/scores" in row]
     files = sorted(run.glob("rounds/*/samples.jsonl"))
     held = [["#" in row["response"] for row in read_rows(file)] for file in (files[0], files[-1])]
-    alarms = [row for row in read_rows(run / "alarms.jsonl") if row["alarm"] == "phrase" and "#" in row["message"]]
+    raised = run / "alarms.jsonl"  # not there where none was
+    phrases = [row for row in (read_rows(raised) if raised.is_file() else []) if row["alarm"] == "phrase"]
+    alarms = [row for row in phrases if "#" in row["message"].partition(" has become ")[0]]
     steps = [row["step"] for row in learned]
     return {
         "case": case,
@@ -41,16 +43,18 @@ def exploit(run: Path, case: str) -> Row:
         "distinct_2": [round(learned[at]["rollout/distinct_2"], 4) for at in (0, -1)],
         "rounds": len(files),
         "alarm_round": steps.index(alarms[0]["step"]) if alarms else None,
-        "alarm": alarms[0]["message"] if alarms else None,
+        "alarm": alarms[0]["message"].partition(". For example")[0] if alarms else None,
     }
 
 
 def accuracies(folder: Path) -> list[Row]:
-    """Of the reward models, on held-out pairs."""
-    found = read_json(folder / "evaluation" / "metrics.json")
+    """Of the reward models, on held-out pairs, at the end of their training."""
+    ends = {name: read_json(folder / name / "summary.json")["metrics"] for name in ("reward", "second")}
+    pairs = {name: read_json(folder / name / "manifest.json")["data"]["eval"]["kept"] for name in ends}
+    shared = {"metric": "held-out accuracy", "unit": "share", "peer": None}
     return [
-        {"case": name, "metric": "held-out accuracy", "unit": "share", "ours": found[name]["accuracy"], "peer": None}
-        for name in ("reward", "second")
+        {"case": name, **shared, "ours": round(metrics["eval/rewards/accuracies"]["mean"], 4), "n": pairs[name]}
+        for name, metrics in ends.items()
     ]
 
 
@@ -59,15 +63,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the finished pipeline")
     parser.add_argument("--out", type=Path, default=RESULTS / "hh-raft.json")
     given = parser.parse_args()
-    evaluated = read_json(given.folder / "evaluation" / "metrics.json")
-    finals = [
-        {"case": run, "metric": metric, "unit": "", "ours": evaluated[run][metric], "peer": None}
-        for run in ("sft", "raft")
-        for metric in evaluated[run]
-    ]
     result = about(COMMAND, "one thread") | {
         "sampled_tokens": sampled_tokens(given.folder / "raft"),
-        "cases": [*accuracies(given.folder), *finals],
+        "cases": accuracies(given.folder),
         "rounds": rounds(given.folder / "raft"),
         "exploit": [exploit(given.folder / run, case) for run, case in EXPLOIT.items()],
     }

@@ -58,11 +58,13 @@ def test_the_exploit_is_told_by_its_first_and_last_round_and_its_first_alarm(tmp
         _write(tmp_path / "rounds" / f"{number:03d}" / "samples.jsonl", rows)
     steps = [{"step": step, "objective/scores": step / 2, "rollout/distinct_2": 1 / step} for step in (1, 3, 5)]
     _write(tmp_path / "metrics.jsonl", [*steps[:1], {"step": 2, "loss": 1.0}, *steps[1:]])
-    alarms = [{"alarm": "variety", "step": 1, "message": "#"}, {"alarm": "phrase", "step": 3, "message": "'#' grew"}]
-    _write(tmp_path / "alarms.jsonl", [*alarms, alarms[1] | {"step": 5}])
+    phrase = {"alarm": "phrase", "step": 3, "message": "'#' has become 9%. For example: x"}
+    other = phrase | {"step": 1, "message": "'it' has become 9%. For example: '#'"}
+    variety = {"alarm": "variety", "step": 1, "message": "'#' has become"}
+    _write(tmp_path / "alarms.jsonl", [other, variety, phrase, phrase | {"step": 5}])
     found = exploit(tmp_path, "nothing discarded")
     assert (found["hashes"], found["score"], found["distinct_2"]) == ([0.25, 0.75], [0.5, 2.5], [1.0, 0.2])
-    assert (found["alarm_round"], found["alarm"], found["rounds"]) == (1, "'#' grew", 3)
+    assert (found["alarm_round"], found["alarm"], found["rounds"]) == (1, "'#' has become 9%", 3)
     assert sampled_tokens(tmp_path) == sum(len(text) for texts_of in texts for text in texts_of)
     row = hh_exploit({"exploit": [found, found | {"alarm_round": None}]}).split("\n")[2:]
     assert row[0] == "| nothing discarded | 0.500 → 2.500 | 0.250 → 0.750 | 1.000 → 0.200 | round 1 |"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.hh_raft import accuracies, exploit, rounds
 
 from fairlead.pipeline import run_pipeline
 
@@ -59,6 +60,29 @@ def test_hh_tiny_runs_from_the_raw_transcripts_to_the_report(tmp_path: Path) -> 
     assert prepared["counts"]["dropped"] == {"empty answer": 4, "two turns of the same role running": 4}
     page = (tmp_path / "tiny" / "report.html").read_text("utf-8")
     assert "two turns of the same role running" in page or "prompt longer than" in page
+
+
+@needs_data
+def test_hh_raft_tiny_runs_from_the_raw_transcripts_to_what_its_script_reads(tmp_path: Path) -> None:
+    runs = ("raft", "exploit", "guarded")
+    small = {
+        key: value
+        for key, value in cut_down(tmp_path, "hh-rlhf/harmless-base/test.jsonl.gz").items()
+        if key.split(".")[0] != "stages" or key.split(".")[1] in ("pretrain", "sft", "reward", "evaluation")
+    }
+    small |= {"stages.second.train.steps": 2, "stages.second.train.batch_size": 4, "stages.second.data.limit": 60}
+    for run in runs:
+        small |= {f"stages.{run}.train.steps": 4, f"stages.{run}.train.batch_size": 2, f"stages.{run}.raft.epochs": 1}
+        small |= {f"stages.{run}.raft.rollout_size": 4, f"stages.{run}.raft.max_new_tokens": 8}
+        small |= {f"stages.{run}.raft.num_samples": 2, f"stages.{run}.raft.max_empty": 1.0}
+    small |= {"stages.raft.train.eval_every": 2, "stages.raft.raft.num_eval_prompts": 4}
+    summary = run_pipeline("hh-raft-tiny", small)
+    assert {"sft", *runs, "reward", "second"} == set(summary["models"])
+    folder = tmp_path / "tiny"
+    found = rounds(folder / "raft")
+    assert [row["step"] for row in found] == [0, 2, 4] and all(row["score_margin"] > 0 for row in found)
+    assert exploit(folder / "exploit", "x")["rounds"] == 2
+    assert [line["case"] for line in accuracies(folder)] == ["reward", "second"]
 
 
 @needs_data
