@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants peers chaos bench-checkpoint lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants prove peers chaos bench-checkpoint lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ slow: environment ## run the slow tests only
 
 chaos: environment ## kill runs of eight algorithms 200 times each, and compare (ARGS="ppo --kills 20 --minutes 2")
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.chaos $(ARGS)
+
+prove: environment ## hold the trainers against exact optima (ARGS="--case convergence")
+	.venv/bin/fairlead prove $(ARGS)
 
 lint: environment ## check style, format and types
 	@bash scripts/check ruff format types

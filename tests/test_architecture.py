@@ -36,6 +36,7 @@ LAYERS = [
         "pipeline_file",
         "pipeline_verbs",
         "sweep",
+        "conformance",
         "demo",
         "migration",
         "studio",

@@ -305,6 +305,28 @@ def demo(
         _print(summary, True, "")
 
 
+@app.command()
+def prove(
+    case: Annotated[
+        list[str] | None, typer.Option(help="a case, or a kind: convergence, bias, invariance; may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder that keeps the runs and conformance.json")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="cases that run side by side, on one thread each")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the trainers against exact optima on tasks that can be enumerated; exit code 1 where one fails."""
+    from fairlead.conformance.prove import prove as run
+    from fairlead.conformance.prove import show
+
+    result = run(case or (), out=out, processes=processes)
+    if as_json:
+        _print(result, True, "")
+    else:
+        show(result)
+    if not result["pass"]:
+        raise typer.Exit(1)
+
+
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:

@@ -36,8 +36,8 @@ class Settings(GroupSettings):
     """Where the KL to the reference is charged: taken off the reward of each token, or a loss of its own."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "full"] = "k3"
     """Of the KL at a token. In the reward: k1 = log policy - log reference, its absolute value, k2 = half its square,
-    or full, the exact sum over the vocabulary. In the loss: k2 or k3, weighted by policy / round's start, which makes
-    the gradient right."""
+    or full, the exact sum over the vocabulary. In the loss: k2 or k3, weighted by policy / round's start, which gives
+    the gradient of each token's KL; what a token does to the KL of those after it is charged in the reward alone."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Price of one nat of KL to the reference; 0 needs no reference."""
 

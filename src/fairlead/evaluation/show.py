@@ -20,17 +20,18 @@ def print_evaluation(runs: Mapping[str, Metrics]) -> None:
     for run, metrics in runs.items():
         own = {name: metric for name, metric in metrics.items() if name.startswith(OF_REWARD)}
         if own:
-            _print([run, "mean [95 %]", "n"], [[name, _cell(m), f"{m['n']:,}"] for name, m in own.items()])
+            print_rows([run, "mean [95 %]", "n"], [[name, _cell(m), f"{m['n']:,}"] for name, m in own.items()])
 
 
 def print_table(models: Mapping[str, Metrics]) -> None:
     """Metrics of several models, a row a model."""
     names = list(dict.fromkeys(name for metrics in models.values() for name in metrics))
     rows = [[model, *(_cell(metrics.get(name)) for name in names)] for model, metrics in models.items()]
-    _print(["", *names], rows)
+    print_rows(["", *names], rows)
 
 
-def _print(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def print_rows(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table of texts."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,0 +1,8 @@
+"""The table of convergence."""
+
+from __future__ import annotations
+
+from fairlead.conformance.case import Case
+from fairlead.conformance.pairs import pair_cases
+
+CASES: dict[str, Case] = {case.name: case for case in pair_cases()}
