@@ -94,6 +94,8 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open":
         path, _, flags = arguments
         found = [path] if isinstance(flags, int) and flags & _WRITING else []
+    elif event in ("os.remove", "os.rmdir") and arguments[1] != -1:
+        return  # relative to a folder that shutil.rmtree has named
     else:
         found = [arguments[i] for i in _PLACES.get(event, ())]
     for place in found:

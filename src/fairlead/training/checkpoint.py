@@ -6,6 +6,7 @@ written last. Only safetensors and JSON: nothing is unpickled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,14 +15,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fairlead.config import parse_interval
-from fairlead.errors import CheckpointError, Interrupted, Terminated
+from fairlead.errors import CheckpointError, FairleadError, Interrupted, Terminated
 from fairlead.training.optim import Optimizer
 from fairlead.training.patience import better
 from fairlead.types import Progress
@@ -35,6 +36,27 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+T = TypeVar("T")
+
+
+def _explained(load: Callable[[Any, Path], T]) -> Callable[[Any, Path], T]:
+    """Whatever a checkpoint of another run, or one made by hand, makes go wrong is an error of the checkpoint."""
+
+    @functools.wraps(load)
+    def call(state: Any, folder: Path) -> T:
+        try:
+            return load(state, folder)
+        except FairleadError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} cannot be continued from: {type(error).__name__}: {error}",
+                hint="remove it: the checkpoint before it is used, or the run begins anew",
+            ) from error
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +108,7 @@ class RunState:
                 "the checkpoint before, which is intact",
             ) from error
 
+    @_explained
     def load(self, folder: Path) -> None:
         """Put the weights, the optimizer and every part back. The checkpoint has been verified."""
         manifest = read_manifest(folder)
