@@ -171,8 +171,8 @@ def _value_form(settings: Any, reward: StartAdapter | None, why: str) -> dict[st
 
 def _reward_weights(given: Any) -> RewardWeights | None:
     """Of the first reward that is a model saved whole."""
-    for source in sources(given):
-        for path in source.paths if isinstance(source, ModelSource) else ():
+    for source in (each for each in sources(given) if isinstance(each, ModelSource)):
+        for path in source.paths:
             folder = resolve_folder(path)
             if folder is not None and not (folder / "adapter_config.json").is_file():
                 return RewardWeights(folder, 0.25 if source.use == "probability" else 1.0)

@@ -92,7 +92,7 @@ class Models(nn.Module):
         made = forms.build(base, roles, self.main, form, dtype=wide, seed=seed)
         self.network, self.reference, self.value = made.main, made.reference, made.value
         if made.value_score is not None:
-            self.heads["value"].start_as(made.value_score)
+            cast(ScalarHead, self.heads["value"]).start_as(made.value_score)
         self.is_peft = bool(made.adapters)
         self.notes = forms.describe(made, base, form, roles)
         """What each role is, for the manifest."""
