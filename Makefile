@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants prove peers chaos bench-checkpoint lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants prove parity peers chaos bench-checkpoint lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -86,6 +86,9 @@ bench-checkpoint: environment ## what checkpoints cost of a run's time (ARGS="--
 
 bench-gpu: environment ## check and measure every stage on one NVIDIA GPU (ARGS="--out FILE --size 0.5B")
 	.venv/bin/python -m benchmarks.gpu $(ARGS)
+
+parity: environment ## gradients and sampled texts on 2 and 4 ranks beside one process (ARGS="--sizes 2 --algorithms sft")
+	.venv/bin/python -m benchmarks.parity $(ARGS)
 
 peers: environment ## make or update benchmarks/peers/.venv, with the libraries Fairlead is compared with
 	@bash scripts/peers

@@ -35,7 +35,7 @@ from fairlead.models.roles import Models
 from fairlead.planning.show import announce
 from fairlead.rollout.rewards import ModelSource, shared_reward, sources
 from fairlead.training.budget import TokenBudget
-from fairlead.types import Algorithm, Prompt, Record, Text
+from fairlead.types import Algorithm, Prompt, Ranks, Record, Text
 
 TOKENIZER_TEXTS = 200_000
 """Texts a tokenizer from scratch is trained on, at most."""
@@ -54,7 +54,12 @@ class Given:
 
 
 def assemble(
-    recipe: Recipe, algorithm: Algorithm[Any], given: Given, folder: Path, say: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    algorithm: Algorithm[Any],
+    given: Given,
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
+    ranks: Ranks | None = None,
 ) -> tuple[Stage, tuple[str, ...]]:
     """The stage and notes a person should read. Records are loaded before the model: their mistakes cost no wait.
     ``say`` is told the memory plan before the weights are loaded."""
@@ -95,10 +100,27 @@ def assemble(
             hint=f"set data.max_length={limit} or less",
         )
     rows = {split: _rows(count) for split, count in counts.items()}
-    budget = TokenBudget(_begun_with(folder) or tokens)
-    stage = Stage(recipe, models, renderer, records, held_out, folder, budget, given.objects, rows)
+    ranks = ranks or Ranks()
+    budget = TokenBudget(min(ranks.gather(_begun_with(folder) or tokens)))
+    ranks.alike(models.trainable)
+    if recipe.train.shard == "full":
+        _shard(recipe, models, ranks)
+    stage = Stage(recipe, models, renderer, records, held_out, folder, budget, given.objects, rows, ranks=ranks)
     read = (statement(count, record) for count in counts.values())
     return stage, (*read, *base.notes, *training_notes(recipe.model, base.model.dtype), *models.notes)
+
+
+def _shard(recipe: Recipe, models: Models, ranks: Ranks) -> None:
+    from fairlead.training.sharding import shard
+
+    optim = recipe.optim
+    if optim.name not in ("adamw", "adam", "sgd", "lion") or optim.state_dtype != "float32":
+        raise ConfigError(
+            f"train.shard=full with optim.name={optim.name} and state_dtype={optim.state_dtype}, whose states are not "
+            "sharded",
+            hint="adamw, adam, sgd or lion with float32 states",
+        )
+    shard(models, ranks)
 
 
 def _begun_with(folder: Path) -> int | None:

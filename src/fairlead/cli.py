@@ -42,8 +42,7 @@ def train(
     if dry_run:
         _print_resolved(resolved, as_json)
         return
-    result = run_stage(resolved)
-    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+    _print_run(run_stage(resolved), as_json)
 
 
 @app.command()
@@ -57,8 +56,7 @@ def resume(
     """Continue an unfinished run from its last checkpoint, or any run from an earlier one."""
     from fairlead import continuation
 
-    result = continuation.resume(run, settings or [])
-    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+    _print_run(continuation.resume(run, settings or []), as_json)
 
 
 @app.command()
@@ -72,8 +70,17 @@ def fork(
     """Begin a new run from a checkpoint of another, with other settings."""
     from fairlead import continuation
 
-    result = continuation.fork(run, settings or [])
-    _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+    _print_run(continuation.fork(run, settings or []), as_json)
+
+
+def _print_run(result: Any, as_json: bool) -> None:
+    if _rank() == 0:
+        _print(result.summary, as_json, f"{result.path}: finished after {result.summary['steps']} steps")
+
+
+def _rank() -> int:
+    """Of the processes that torchrun or accelerate has started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @app.command()
@@ -362,6 +369,17 @@ def _print_resolved(resolved: Any, as_json: bool) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
+def _refuse_ranks() -> None:
+    verb = next(iter(sys.argv[1:]), "")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
+        verb not in ("train", "resume") or any(a.startswith("at=") for a in sys.argv)
+    ):
+        raise ConfigError(
+            f"`fairlead {verb}` runs in one process, and was started in {os.environ['WORLD_SIZE']}",
+            hint="torchrun and accelerate are for `fairlead train` and `fairlead resume`",
+        )
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and an exit code of its own, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -373,9 +391,11 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it would fetch from a hub
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     try:
+        _refuse_ranks()
         app()
     except FairleadError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = f"rank {_rank()}: " if _rank() else ""
+        print(f"{who}error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("error: stopped at once; the run continues from its last checkpoint by the same command", file=sys.stderr)

@@ -281,6 +281,11 @@ class TrainSection(Section):
     algorithm's own."""
     save_best: bool = False
     """The final model is the best checkpoint's and not the last one's."""
+    shard: Literal["none", "full"] = "none"
+    """Of several processes, what each holds of weights that are all trained, with gradients and optimizer states: none:
+    all of them; full: its share, and a layer is gathered when it is computed (FSDP2)."""
+    timeout: str = "10min"
+    """Of several processes, how long the others wait for one before all stop."""
     patience: int | None = Field(default=None, ge=1)
     """The run ends when `best_metric` has not become better for so many evaluations (`eval_every`)."""
 
@@ -288,6 +293,17 @@ class TrainSection(Section):
     def tokens_or_default(self) -> int:
         """Where there is no plan to say what fits."""
         return DEFAULT_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+
+    @property
+    def timeout_seconds(self) -> float:
+        return parse_interval(self.timeout)[1]
+
+    @field_validator("timeout")
+    @classmethod
+    def _a_time(cls, value: str) -> str:
+        if parse_interval(value)[0] != "seconds":
+            raise ValueError(f"{value!r} is no time; write 30s, 10min or 2h")
+        return value
 
     @field_validator("micro_batch_tokens")
     @classmethod

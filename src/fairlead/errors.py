@@ -7,6 +7,7 @@ FairleadError           1
 ├── TrainingError       5   a step that cannot be taken (non-finite gradient, nothing to learn from)
 ├── CheckpointError     6   a checkpoint that is torn, of another version, or cannot be written
 ├── RunError            7   a run directory that exists, is missing or belongs to another recipe
+├── RanksError          8   another process of the run that failed, died or hangs
 └── Interrupted       130   stopped by the user (SIGINT); the run can be continued
     └── Terminated    143   the same by the system (SIGTERM)
 """
@@ -52,6 +53,10 @@ class CheckpointError(FairleadError):
 
 class RunError(FairleadError):
     exit_code = 7
+
+
+class RanksError(FairleadError):
+    exit_code = 8
 
 
 class Interrupted(FairleadError):

@@ -24,16 +24,18 @@ from fairlead.health.alarms import Alarms
 from fairlead.manifest import BudgetNote, fingerprints, keep_threads, write_manifest
 from fairlead.models.card import write_card
 from fairlead.models.export import save_model
+from fairlead.models.load import pick_device
 from fairlead.models.precision import autocast_of
 from fairlead.rollout.native import NativeSampler
 from fairlead.tracking import Console, MetricsLog, RunDirectory, open_sink
 from fairlead.tracking.console import print_samples
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest
+from fairlead.training.distributed import start
 from fairlead.training.loop import Clock, run
 from fairlead.training.optim import Optimizer
 from fairlead.training.patience import Patience
 from fairlead.training.precision import LossScale
-from fairlead.types import Algorithm, Observer, Rounds, Sampling, Source
+from fairlead.types import Algorithm, Observer, Ranks, Rounds, Sampling, Source
 
 SAMPLE_TOKENS = 64
 
@@ -112,7 +114,8 @@ def _pairs(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: Path | None = None) -> RunResult:
-    """Run a resolved recipe in its run directory (or ``folder``), continuing an unfinished run of the same recipe."""
+    """Run a resolved recipe in its run directory (or ``folder``), continuing an unfinished run of the same recipe; as
+    one of several ranks where the environment says so."""
     given = given or Given()
     recipe = resolved.recipe
     algorithm = find(recipe.algorithm)
@@ -120,24 +123,36 @@ def run_stage(resolved: ResolvedRecipe, given: Given | None = None, *, folder: P
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.backends.cuda.matmul.allow_tf32 = recipe.model.tf32
-    inputs = fingerprints(recipe, given)
-    directory = RunDirectory.create(path, resolved.as_yaml())
-    with directory.lock():
-        _refuse_finished(directory)
-        directory.clear_leftovers()
-        keep_threads(directory, _say)
-        try:
-            stage, notes = assemble(recipe, algorithm, given, path, say=_say)
-            source = algorithm.source(stage)
-            measure = algorithm.evaluation(stage) if stage.is_evaluated else dict
-            notes = (*resolved.warnings, *notes)
-            write_manifest(directory, stage, algorithm, inputs, notes)
-            for note in notes:
-                _say(note)
-            return _train(directory, stage, algorithm, source, measure)
-        except BaseException:
-            _discard_unbegun(directory)
-            raise
+    with start(pick_device(recipe.model.device), recipe.train.timeout_seconds) as ranks:
+        if not ranks.is_leader:
+            return _assembled(RunDirectory(path), resolved, given, algorithm, ranks)
+        directory = RunDirectory.create(path, resolved.as_yaml())
+        with directory.lock():
+            _refuse_finished(directory)
+            directory.clear_leftovers()
+            keep_threads(directory, _say)
+            try:
+                return _assembled(directory, resolved, given, algorithm, ranks)
+            except BaseException:
+                _discard_unbegun(directory)
+                raise
+
+
+def _assembled(
+    directory: RunDirectory, resolved: ResolvedRecipe, given: Given, algorithm: Algorithm[Any], ranks: Ranks
+) -> RunResult:
+    recipe, say = resolved.recipe, _say if ranks.is_leader else _hush
+    torch.set_num_threads(ranks.from_leader(torch.get_num_threads))
+    inputs = fingerprints(recipe, given) if ranks.is_leader else {}
+    stage, notes = assemble(recipe, algorithm, given, directory.path, say, ranks)
+    source = algorithm.source(stage)
+    measure = algorithm.evaluation(stage) if stage.is_evaluated else dict
+    notes = (*resolved.warnings, *notes)
+    if ranks.is_leader:
+        write_manifest(directory, stage, algorithm, inputs, notes)
+    for note in notes:
+        say(note)
+    return _train(directory, stage, algorithm, source, measure)
 
 
 def _discard_unbegun(directory: RunDirectory) -> None:
@@ -157,35 +172,39 @@ def _train(
     source: Any,
     measure: Callable[[], dict[str, float]],
 ) -> RunResult:
-    recipe, models = stage.recipe, stage.models
+    recipe, models, ranks = stage.recipe, stage.models, stage.ranks
+    say = _say if ranks.is_leader else _hush
     optimizer = Optimizer(recipe.optim, models.trainable, source.num_steps)
     best = recipe.train.best_metric or (algorithm.best if stage.is_evaluated else None)
     clock, log = Clock(), MetricsLog(directory, log_every=recipe.train.log_every, device=models.device.type)
     stage.step = lambda: clock.step
     patience = Patience(best, recipe.train.patience)
     parts: dict[str, Any] = {"clock": clock, "source": source, "log": log}
-    alarms = Alarms(directory, _say)
+    alarms = Alarms(directory, say)
     parts |= {"budget": stage.budget, "patience": patience, "alarms": alarms}
     scale = LossScale() if autocast_of(recipe.model, models.device) == torch.float16 else None
     if scale is not None:
         parts["loss_scale"] = scale
-    state = RunState(models.state(), optimizer, parts)
+    state = RunState(models.state(), optimizer, parts, ranks)
     checkpointer = Checkpointer(
         directory.checkpoints, state, every=recipe.train.save_every, keep=recipe.train.keep_checkpoints, best=best
     )
     parts["checkpointer"] = checkpointer
-    found = newest(directory.checkpoints, _say)
-    if found is not None:
-        state.load(found)
-        _say(f"continuing {directory.path} after step {clock.step} of {source.num_steps}")
-    directory.truncate_after(clock.step if found is not None else -1)
-    log.add_sinks(_sinks(directory, recipe))
-    console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
-    samples, note = _Samples(directory, stage), BudgetNote(directory, stage.budget)
-    observers: list[Observer] = [log, console, samples, note, alarms, patience, checkpointer]
+    is_continued = _continue(directory, state, ranks, say)
+    if is_continued:
+        say(f"continuing {directory.path} after step {clock.step} of {source.num_steps}")
+    samples = _Samples(directory, stage)
+    observers: list[Observer] = [patience, checkpointer]
+    if ranks.is_leader:
+        directory.truncate_after(clock.step if is_continued else -1)
+        log.add_sinks(_sinks(directory, recipe))
+        console = Console(f"{algorithm.name} {directory.path}", algorithm.headline, quiet=not recipe.tracking.console)
+        observers = [log, console, samples, BudgetNote(directory, stage.budget), alarms, *observers]
+    elif ranks.is_sharded:  # whose weights the leader needs
+        observers = [samples, *observers]
     status, ended = "failed", ""
     try:
-        with stop_signals(checkpointer):
+        with stop_signals(checkpointer, say):
             run(
                 models,
                 algorithm.passes(recipe.settings),
@@ -194,18 +213,20 @@ def _train(
                 observers,
                 clock,
                 seed=recipe.seed,
-                measure=_due(recipe, source, measure, continued=found is not None),
+                measure=_due(recipe, source, measure, continued=is_continued),
                 scale=scale,
                 budget=stage.budget,
                 stop=lambda: patience.is_over,
+                ranks=ranks,
             )
         if patience.is_over:
-            _say(
+            say(
                 f"{best} has not become better for {recipe.train.patience} evaluations: stopped after step {clock.step}"
             )
         if isinstance(source, Rounds) and source.ended:
             ended = source.ended
-            _say(f"{ended}: stopped after step {clock.step}")
+            say(f"{ended}: stopped after step {clock.step}")
+        ranks.gather(None)  # the last checkpoint is whole
         _save(directory, stage, checkpointer)
         status = "finished"
     except KeyboardInterrupt:
@@ -218,9 +239,20 @@ def _train(
         for observer in observers:
             observer.close()
         summary = _summary(directory, algorithm, clock, status, ended)
-        with contextlib.suppress(RunError):
-            directory.write_json("summary.json", summary)
+        if ranks.is_leader:
+            with contextlib.suppress(RunError):
+                directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
+
+
+def _continue(directory: RunDirectory, state: RunState, ranks: Ranks, say: Callable[[str], None]) -> bool:
+    """Whether there is a checkpoint, from which all ranks go on."""
+    name = ranks.from_leader(lambda: (folder := newest(directory.checkpoints, say)) and folder.name)
+    if name is None:
+        return False
+    if told := state.load(directory.checkpoints / name):
+        say(told)
+    return True
 
 
 def _sinks(directory: RunDirectory, recipe: Recipe) -> list[Any]:
@@ -259,7 +291,10 @@ class _Samples:
             return
         sampler = NativeSampler(stage.models, stage.renderer)
         sampling = Sampling(max_new_tokens=getattr(stage.settings, "max_new_tokens", SAMPLE_TOKENS))
-        rollouts = sampler.generate(self._prompts, sampling=sampling, key=(stage.recipe.seed, "samples"))
+        with stage.models.whole():
+            rollouts = sampler.generate(self._prompts, sampling=sampling, key=(stage.recipe.seed, "samples"))
+        if not stage.ranks.is_leader:
+            return
         rows = [
             {
                 "step": progress.step,
@@ -279,7 +314,13 @@ class _Samples:
 def _save(directory: RunDirectory, stage: Stage, checkpointer: Checkpointer) -> None:
     """The final model under its name, whole or not at all."""
     if stage.recipe.train.save_best and checkpointer.best_step is not None:
-        load_weights(checkpointer.path(checkpointer.best_step), stage.models.trainable)
+        load_weights(checkpointer.path(checkpointer.best_step), stage.models.trainable, stage.ranks)
+    with stage.models.whole():
+        if stage.ranks.is_leader:
+            _write_model(directory, stage)
+
+
+def _write_model(directory: RunDirectory, stage: Stage) -> None:
     temporary = directory.path / ".writing-model"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -296,7 +337,7 @@ def _save(directory: RunDirectory, stage: Stage, checkpointer: Checkpointer) -> 
 
 
 @contextlib.contextmanager
-def stop_signals(checkpointer: Checkpointer) -> Iterator[None]:
+def stop_signals(checkpointer: Checkpointer, say: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask for a save at the next step's end; a second one stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -305,7 +346,7 @@ def stop_signals(checkpointer: Checkpointer) -> Iterator[None]:
 
     def ask(number: int, _: Any) -> None:
         checkpointer.stop_reason = signal.Signals(number).name
-        _say(f"{checkpointer.stop_reason}: saving after this step; once more stops at once")
+        say(f"{checkpointer.stop_reason}: saving after this step; once more stops at once")
         for each, handler in before.items():
             signal.signal(each, handler)
 
@@ -349,3 +390,7 @@ def _summary(
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _hush(_: str) -> None:
+    """The leader says it."""

@@ -17,7 +17,7 @@ from fairlead.algorithms.stage import Stage
 from fairlead.config import Section
 from fairlead.data.loader import DatasetSource
 from fairlead.ops.preference import bco
-from fairlead.types import Algorithm, Call, Labelled, LabelledBatch, Mean, Metrics, Outputs, Pass, Term
+from fairlead.types import Algorithm, Call, Labelled, LabelledBatch, Mean, Metrics, Outputs, Pass, Ranks, Term
 
 
 class Settings(Section):
@@ -32,13 +32,13 @@ def labelled(outputs: Outputs, batch: LabelledBatch, *, settings: Settings) -> t
     return bco(rewards, batch.label, shift).sum(), {**metrics, "rewards/shift": Mean(float(shift), 1.0)}
 
 
-def prepare(call: Call, batches: Sequence[LabelledBatch], *, settings: Settings) -> list[LabelledBatch]:
+def prepare(call: Call, batches: Sequence[LabelledBatch], ranks: Ranks, *, settings: Settings) -> list[LabelledBatch]:
     """The mean of the mean rewards of good and bad responses over all micro-batches; of one class alone, its mean."""
     rewards = [
         settings.beta * log_ratios(Outputs(logprobs=call(batch, frozenset({"logprobs"})).logprobs.cpu()), batch)
         for batch in batches
     ]
-    found, label = torch.cat(rewards), torch.cat([batch.label for batch in batches])
+    found, label = ranks.whole(rewards), ranks.whole([batch.label for batch in batches])
     sides = [found[side].mean() for side in (label, ~label) if bool(side.any())]
     shift = torch.stack(sides).mean()
     return [replace(batch, statistics={**batch.statistics, "shift": shift}) for batch in batches]

@@ -31,7 +31,7 @@ from fairlead.data.loader import DatasetSource
 from fairlead.data.pack import preference_batch
 from fairlead.errors import ConfigError
 from fairlead.ops.preference import Divergence, divergence_score
-from fairlead.types import Algorithm, Call, Metrics, Outputs, Pass, Preference, PreferenceBatch, Term
+from fairlead.types import Algorithm, Call, Metrics, Outputs, Pass, Preference, PreferenceBatch, Ranks, Term
 
 
 class LossSettings(LengthSettings):
@@ -140,7 +140,7 @@ _NEEDS = frozenset({"logprobs"})
 
 
 def prepare(
-    call: Call, batches: Sequence[PreferenceBatch], *, settings: LossSettings, moves: bool
+    call: Call, batches: Sequence[PreferenceBatch], ranks: Ranks, *, settings: LossSettings, moves: bool
 ) -> list[PreferenceBatch]:
     """Fills in the log-probabilities of a reference that moves, and the statistics of the losses that couple the pairs
     of a step."""
@@ -153,11 +153,11 @@ def prepare(
     ratios = [rewards(Outputs(logprobs=call(batch, _NEEDS).logprobs.cpu()), batch, settings) for batch in batches]
     fixed = [response_sums(_reference(batch), batch, settings) for batch in batches]
     pairs = [int(batch.counts["pair"]) for batch in batches]
+    first = sum(ranks.gather(sum(pairs))[: ranks.rank])
 
     def both(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        sides = [(each[batch.chosen], each[batch.rejected]) for each, batch in zip(values, batches, strict=True)]
-        chosen, rejected = zip(*sides, strict=True)
-        return torch.cat(chosen), torch.cat(rejected)
+        each = list(zip(values, batches, strict=True))
+        return ranks.whole([v[b.chosen] for v, b in each]), ranks.whole([v[b.rejected] for v, b in each])
 
     found: list[dict[str, Tensor]] = [dict(batch.statistics) for batch in batches]
     for name in settings.weights:
@@ -165,7 +165,8 @@ def prepare(
         if loss is None or loss.prepare is None:
             continue
         for key, values in loss.prepare(*both(ratios), *both(fixed)).items():
-            for statistics, part in zip(found, torch.split(values, pairs), strict=True):
+            own = values[first : first + sum(pairs)]
+            for statistics, part in zip(found, torch.split(own, pairs), strict=True):
                 statistics[f"{name}/{key}"] = part
     return [replace(batch, statistics=each) for batch, each in zip(batches, found, strict=True)]
 

@@ -18,7 +18,7 @@ from fairlead.algorithms.stage import Stage
 from fairlead.config import Section
 from fairlead.data.loader import DatasetSource
 from fairlead.ops.preference import kto
-from fairlead.types import Algorithm, Call, Labelled, LabelledBatch, Mean, Metrics, Outputs, Pass, Term
+from fairlead.types import Algorithm, Call, Labelled, LabelledBatch, Mean, Metrics, Outputs, Pass, Ranks, Term
 
 
 class Settings(Section):
@@ -43,7 +43,7 @@ def labelled(outputs: Outputs, batch: LabelledBatch, *, settings: Settings) -> t
     return (weights * losses).sum(), {**metrics, "kl": Mean(float(kl), 1.0)}
 
 
-def prepare(call: Call, batches: Sequence[LabelledBatch]) -> list[LabelledBatch]:
+def prepare(call: Call, batches: Sequence[LabelledBatch], ranks: Ranks) -> list[LabelledBatch]:
     """max(0, mean log-ratio of the mismatched pairs of all micro-batches): the reference point of each."""
     total, count = torch.zeros(()), 0
     for batch in batches:
@@ -51,7 +51,8 @@ def prepare(call: Call, batches: Sequence[LabelledBatch]) -> list[LabelledBatch]
         logprobs = call(batch.mismatched, frozenset({"logprobs"})).logprobs.cpu()
         total = total + log_ratios(Outputs(logprobs=logprobs), batch.mismatched).sum()
         count += batch.mismatched.num_sequences
-    kl = (total / count).clamp(min=0)
+    sums = ranks.sums({"total": float(total), "count": count})
+    kl = total.new_tensor(sums["total"] / sums["count"]).clamp(min=0)
     return [replace(batch, statistics={**batch.statistics, "kl": kl}) for batch in batches]
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from fairlead.algorithms.stage import Stage
 from fairlead.algorithms.terms import nll
 from fairlead.config import Section
-from fairlead.data.pack import best_fit, micro_batches, text_pieces, token_fields
+from fairlead.data.pack import step_groups, text_pieces, token_fields
 from fairlead.data.records import load_records
 from fairlead.data.render import Tree
 from fairlead.ops.sampling import permutation, stream_key
@@ -56,8 +56,7 @@ class MixedSource:
             chosen += [self._trees[i] for i in part]
             at += len(part)
         packed, sizes = self._stage.packed, [tree.num_tokens for tree in chosen]
-        budget = self._stage.budget.tokens
-        groups = best_fit(sizes, budget) if packed else micro_batches(sizes, budget, packed=False)
+        groups = step_groups(sizes, self._stage.budget.tokens, packed=packed, share=self._stage.ranks.share)
         return [self._batch([chosen[i] for i in group], packed) for group in groups]
 
     def _batch(self, trees: list[Tree], packed: bool) -> MixedBatch:

@@ -3,6 +3,7 @@ prompts. Knows no advantage estimator."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -104,12 +105,13 @@ def collecting(stage: Stage, *, sampler: Sampler | None = None, **more: Any) -> 
         renderer=stage.renderer,
         screen=screen_of(stage),
         watch=watched(stage) if settings.watch_rounds else {},
-        store=RolloutStore(stage.folder / "rounds"),
+        store=RolloutStore(stage.folder / "rounds", stage.ranks),
         sampling=settings.sampling,
         num_samples=settings.num_samples,
         seed=stage.recipe.seed,
         rows=settings.rollout_rows,
         budget=lambda: stage.budget.tokens,
+        ranks=stage.ranks,
         **more,
     )
     return [prompt for prompt, _ in prompts], collector
@@ -174,29 +176,50 @@ def evaluation(stage: Stage) -> Callable[[], dict[str, float]]:
         sampling = replace(sampling, temperature=settings.eval_temperature)
 
     def measure() -> dict[str, float]:
-        key, number = (stage.recipe.seed, "evaluation"), settings.eval_samples
-        rollouts = sampler.generate(chosen, sampling=sampling, key=key, num_samples=number)
-        scores = {name: reward(rollouts).values for name, reward in rewards.items()}
-        if given:
-            _keep(stage, chosen, rollouts, scores["score"], number)
+        key, number, part = (stage.recipe.seed, "evaluation"), settings.eval_samples, stage.ranks.part(len(chosen))
+        own = chosen[part.start : part.stop]
+        with stage.models.whole():
+            rollouts = sampler.generate(own, sampling=sampling, key=key, first_item=part.start, num_samples=number)
+            told = {
+                "scores": {name: list(reward(rollouts).values) if rollouts else [] for name, reward in rewards.items()},
+                "kl": _kl(stage, rollouts, number, sampling.temperature),
+                "lengths": [len(rollout.response_ids) for rollout in rollouts],
+                "finished": [rollout.finished for rollout in rollouts],
+                "texts": [rollout.text for rollout in rollouts],
+                "reasons": screen(rollouts)[1] if screen is not None and rollouts else [],
+                "likelihood": _likelihood(stage, answers),
+            }
+        told = stage.ranks.gather(told)
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        def all_of(name: str) -> list[Any]:
+            return [each for share in told for each in share[name]]
+
+        scores = {name: [value for share in told for value in share["scores"][name]] for name in rewards}
+        texts, likelihood = all_of("texts"), all_of("likelihood")
+        if given and stage.ranks.is_leader:
+            _keep(stage, chosen, texts, scores["score"], number)
         levels = {name: level(torch.split(torch.tensor(values), number)) for name, values in scores.items()}
         return {
-            **{f"eval/{name}": mean for name, (mean, _) in levels.items()},
+            **{f"eval/{name}": middle for name, (middle, _) in levels.items()},
             **{f"eval/{name}_margin": margin for name, (_, margin) in levels.items()},
-            **_kl(stage, rollouts, number, sampling.temperature),
-            "eval/length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
-            "eval/finished": sum(r.finished for r in rollouts) / len(rollouts),
-            **{f"eval/{name}": value for name, value in variety([r.text for r in rollouts]).items()},
-            **({} if screen is None else {f"eval/{name}": v for name, v in shares_of(screen(rollouts)[1]).items()}),
-            **({"eval/perplexity": _perplexity(stage, answers)} if answers else {}),
+            **({"eval/kl": mean(all_of("kl"))} if "reference" in stage.models.roles else {}),
+            "eval/length": mean(all_of("lengths")),
+            "eval/finished": mean(all_of("finished")),
+            **{f"eval/{name}": value for name, value in variety(texts).items()},
+            **({} if screen is None else {f"eval/{name}": v for name, v in shares_of(all_of("reasons")).items()}),
+            **({"eval/perplexity": math.exp(-mean(likelihood))} if likelihood else {}),
         }
 
     return measure
 
 
-def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: float) -> dict[str, float]:
-    if "reference" not in stage.models.roles:
-        return {}
+def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: float) -> list[float]:
+    """Of each response."""
+    if "reference" not in stage.models.roles or not rollouts:
+        return []
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     tokens = measure_tokens(
         stage.models,
@@ -207,7 +230,7 @@ def _kl(stage: Stage, rollouts: Sequence[Rollout], number: int, temperature: flo
         others=("reference",),
     )
     pairs = zip(tokens["behaviour_logprobs"], tokens["reference_logprobs"], strict=True)
-    return {"eval/kl": sum(float(k1(a, b).sum()) for a, b in pairs) / len(rollouts)}
+    return [float(k1(a, b).sum()) for a, b in pairs]
 
 
 def _answers(stage: Stage, prompts: Sequence[Prompt]) -> list[Tree]:
@@ -216,16 +239,18 @@ def _answers(stage: Stage, prompts: Sequence[Prompt]) -> list[Tree]:
     return [Tree(tree.prompt, tree.responses) for tree in stage.renderer.limited(known)[0]]
 
 
-def _perplexity(stage: Stage, answers: Sequence[Tree]) -> float:
-    """exp of the mean NLL of the answers' tokens."""
-    measured = measure_tokens(stage.models, answers, temperature=1.0, budget=stage.budget.tokens, others=())
-    logprobs = torch.cat(measured["behaviour_logprobs"]).double()
-    return float((-logprobs.mean()).exp())
+def _likelihood(stage: Stage, answers: Sequence[Tree]) -> list[float]:
+    """The log-probability of each token of this rank's share of the answers."""
+    part = stage.ranks.part(len(answers))
+    own = answers[part.start : part.stop]
+    if not own:
+        return []
+    measured = measure_tokens(stage.models, own, temperature=1.0, budget=stage.budget.tokens, others=())
+    values: Any = torch.cat(measured["behaviour_logprobs"]).double()
+    return values.tolist()
 
 
-def _keep(
-    stage: Stage, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Sequence[float], number: int
-) -> None:
+def _keep(stage: Stage, prompts: Sequence[Prompt], texts: Sequence[str], scores: Sequence[float], number: int) -> None:
     """Each prompt's mean score, and a response, in eval_prompts.jsonl."""
     rows = [
         {
@@ -233,7 +258,7 @@ def _keep(
             "prompt": stage.renderer.prompt_text(prompt),
             "score": sum(own := scores[i * number : (i + 1) * number]) / number,
             "scores": list(own),
-            "response": rollouts[i * number].text,
+            "response": texts[i * number],
         }
         for i, prompt in enumerate(prompts)
     ]

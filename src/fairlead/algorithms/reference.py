@@ -59,13 +59,30 @@ def reference_logprobs(stage: Stage, trees: Sequence[Tree], read: Sequence[int] 
     for first in range(0, len(trees), SHARD):
         last = min(first + SHARD, len(trees))
         path = None if folder is None else folder / f"{first:09d}.safetensors"
-        shard = None if path is None else _read(path, [len(tree.responses) for tree in trees[first:last]])
-        if shard is None:
-            shard = list(measure(stage.models, source.in_order(first, last), trees[first:last]))
-            if path is not None:
+        numbers = [len(tree.responses) for tree in trees[first:last]]
+        shard = None if path is None else _read(path, numbers)
+        if not all(stage.ranks.gather(shard is not None)):
+            shard = _measured(stage, source, trees, range(first, last), numbers)
+            if path is not None and stage.ranks.is_leader:
                 _write(path, shard)
+        assert shard is not None
         found += shard
     return found
+
+
+def _measured(
+    stage: Stage, source: DatasetSource, trees: Sequence[Tree], which: range, numbers: Sequence[int]
+) -> list[list[Tensor]]:
+    """Those of a stretch of trees, of which each rank computes a part."""
+    part = stage.ranks.part(len(which))
+    own = which[part.start : part.stop]
+    with stage.models.whole():
+        made = list(measure(stage.models, source.in_order(own.start, own.stop), trees[own.start : own.stop]))
+    if stage.ranks.size == 1:
+        return made
+    parts = stage.ranks.gather_tensors(_tensors(made) if made else {})
+    flat = [values for part in parts if part for values in _split(part)]
+    return _by_tree(flat, numbers)
 
 
 @torch.no_grad()
@@ -170,8 +187,7 @@ def _agree(folder: Path, facts: dict[str, Any]) -> None:
 def _write(path: Path, shard: Sequence[Sequence[Tensor]]) -> None:
     from safetensors.torch import save
 
-    flat = [values for each in shard for values in each]
-    content = save({"logprobs": torch.cat(flat), "lengths": torch.tensor([len(values) for values in flat])})
+    content = save(_tensors(shard))
     with atomic_write(path) as file:
         file.write(hashlib.sha256(content).digest() + content)
 
@@ -186,8 +202,18 @@ def _read(path: Path, numbers: Sequence[int]) -> list[list[Tensor]] | None:
         return None
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         return None
-    stored = load(content[32:])
-    flat = torch.split(stored["logprobs"], [int(length) for length in stored["lengths"]])
-    if len(flat) != sum(numbers):
-        return None
+    flat = _split(load(content[32:]))
+    return _by_tree(flat, numbers) if len(flat) == sum(numbers) else None
+
+
+def _tensors(shard: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    flat = [values for each in shard for values in each]
+    return {"logprobs": torch.cat(flat), "lengths": torch.tensor([len(values) for values in flat])}
+
+
+def _split(stored: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return torch.split(stored["logprobs"], [int(length) for length in stored["lengths"]])
+
+
+def _by_tree(flat: Sequence[Tensor], numbers: Sequence[int]) -> list[list[Tensor]]:
     return [list(flat[end - number : end]) for end, number in zip(accumulate(numbers), numbers, strict=True)]

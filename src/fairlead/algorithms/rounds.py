@@ -21,7 +21,7 @@ from fairlead.algorithms.mixed import MixedSource
 from fairlead.algorithms.plateau import Plateau, level
 from fairlead.algorithms.shaping import Shaped, Shaper
 from fairlead.algorithms.stage import Stage
-from fairlead.data.pack import best_fit, micro_batches, rollout_batch
+from fairlead.data.pack import rollout_batch, step_groups
 from fairlead.data.render import Tree
 from fairlead.errors import CheckpointError, TrainingError
 from fairlead.ops.sampling import permutation, stream_key
@@ -164,7 +164,7 @@ class RolloutSource:
             for prompt in chosen
         ]
         sizes, packed, budget = [tree.num_tokens for tree, _ in parts], self._stage.packed, self._stage.budget.tokens
-        groups = best_fit(sizes, budget) if packed else micro_batches(sizes, budget, packed=False)
+        groups = step_groups(sizes, budget, packed=packed, share=self._stage.ranks.share)
         tokens = current.estimate.tokens
         if self._step <= self._warm_up:
             tokens = {**tokens, "advantages": [torch.zeros_like(row) for row in tokens["advantages"]]}

@@ -14,7 +14,7 @@ from fairlead.data.render import LengthCounts, Renderer, Tree
 from fairlead.models.roles import Models
 from fairlead.training.budget import TokenBudget
 from fairlead.training.loop import evaluate
-from fairlead.types import Pass, TokenBatch
+from fairlead.types import Pass, Ranks, TokenBatch
 
 
 @dataclass(slots=True)
@@ -36,6 +36,8 @@ class Stage:
     """What source and evaluation share: a reward."""
     step: Callable[[], int] = lambda: 0
     """The optimizer steps done."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train this run."""
 
     @property
     def settings(self) -> Any:
@@ -84,6 +86,7 @@ class Stage:
             seed=self.recipe.seed,
             epochs=train.epochs,
             steps=train.steps,
+            share=self.ranks.share,
         )
 
     def loss_evaluation(
@@ -91,4 +94,9 @@ class Stage:
     ) -> Callable[[], dict[str, float]]:
         """The training losses and metrics on held-out batches, under ``eval/``."""
         passes = tuple(passes)
-        return lambda: {f"eval/{name}": value for name, value in evaluate(self.models, passes, batches()).items()}
+
+        def measure() -> dict[str, float]:
+            found = evaluate(self.models, passes, batches(), self.ranks)
+            return {f"eval/{name}": value for name, value in found.items()}
+
+        return measure

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fairlead.data.pack import best_fit, micro_batches
+from fairlead.data.pack import micro_batches, step_groups
 from fairlead.ops.sampling import permutation, stream_key
 from fairlead.types import TokenBatch
 
@@ -17,8 +17,8 @@ class DatasetSource:
     """Walks over examples, epoch after epoch, each in an order keyed by (seed, epoch). Its state is the step.
 
     ``sizes`` are the tokens of each example; ``micro_batch_tokens`` is asked at every step; ``collate`` makes a
-    micro-batch of the examples of the given indices. The last batch of an epoch may be smaller; the loop divides by
-    true counts, so nothing is dropped or weighs more.
+    micro-batch of the examples of the given indices; ``share`` says which of a step's are this process's. The last
+    batch of an epoch may be smaller; the loop divides by true counts, so nothing is dropped or weighs more.
     """
 
     def __init__(
@@ -32,11 +32,13 @@ class DatasetSource:
         seed: int,
         epochs: float,
         steps: int | None = None,
+        share: Callable[[Sequence[int]], list[int]] = lambda sizes: list(range(len(sizes))),
     ) -> None:
         self._sizes, self._collate, self._packed = sizes, collate, packed
         self._batch_size, self._budget, self._seed = batch_size, micro_batch_tokens, seed
         self._steps_per_epoch = math.ceil(len(sizes) / batch_size)
         self.num_steps = steps if steps is not None else max(1, round(epochs * self._steps_per_epoch))
+        self._share = share
         self._step = 0
         self._last: Sequence[int] = ()
 
@@ -51,9 +53,9 @@ class DatasetSource:
                 yield self.batch(chosen)
 
     def batch(self, indices: Sequence[int]) -> list[TokenBatch]:
-        """The micro-batches of one step: few forwards, so in an order of their own where rows are packed."""
-        sizes, budget, self._last = [self._sizes[i] for i in indices], self._budget(), indices
-        groups = best_fit(sizes, budget) if self._packed else micro_batches(sizes, budget, packed=False)
+        """This process's micro-batches of one step."""
+        sizes, self._last = [self._sizes[i] for i in indices], indices
+        groups = step_groups(sizes, self._budget(), packed=self._packed, share=self._share)
         return [self._collate([indices[i] for i in group]) for group in groups]
 
     def remake(self) -> list[TokenBatch]:

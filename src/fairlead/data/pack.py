@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,17 @@ def micro_batches(sizes: Sequence[int], budget: int, *, packed: bool) -> list[li
         groups[-1].append(index)
         used += size
     return groups
+
+
+def step_groups(
+    sizes: Sequence[int], budget: int, *, packed: bool, share: Callable[[Sequence[int]], list[int]]
+) -> list[list[int]]:
+    """Indices of the items of each micro-batch of an optimizer step, of those that ``share`` leaves to this process:
+    few forwards, so in an order of their own where rows are packed."""
+    own = share(sizes)
+    kept = [sizes[i] for i in own]
+    groups = best_fit(kept, budget) if packed else micro_batches(kept, budget, packed=False)
+    return [[own[i] for i in group] for group in groups]
 
 
 def token_fields(trees: Sequence[Tree], *, packed: bool, pad_id: int) -> dict[str, Any]:

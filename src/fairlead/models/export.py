@@ -64,7 +64,8 @@ def _save_value(models: Models, folder: Path) -> None:
         save_adapter(owner, "value", folder / "value")
     elif models.value is not None:
         (folder / "value").mkdir()
-        own = {n.removeprefix("value."): p for n, p in models.trainable.items() if n.startswith("value.")}
+        trained = {n: p for n, p in models.named_parameters() if n in models.trainable}
+        own = {n.removeprefix("value."): p for n, p in trained.items() if n.startswith("value.")}
         save_file({n: p.detach().contiguous() for n, p in own.items()}, folder / "value" / "layers.safetensors")
 
 

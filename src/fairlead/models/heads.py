@@ -107,4 +107,4 @@ class ScalarHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         found = self.linear(hidden.to(self.linear.weight.dtype))
-        return found[..., 0] if found.shape[-1] == 1 else found
+        return found[..., 0].clone() if found.shape[-1] == 1 else found  # FSDP hooks what it sees, and loses views

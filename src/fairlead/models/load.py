@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,8 +188,11 @@ def _grow(model: Any, rows: int, seed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    """auto: the GPU of this rank on its machine, where there are GPUs."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        gpu = "cuda" if rank is None else f"cuda:{rank}"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -6,7 +6,7 @@ One model call is one forward of this module: trunk, gather at ``previous``, chu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -83,6 +83,8 @@ class Models(nn.Module):
         self.roles = roles if reward is None else (*roles, "reward")
         self.tokenizer, self.forest, self.origin = base.tokenizer, base.forest, base.origin
         self.quantize, self._offload = base.quantize, offload_activations
+        self.whole: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        """Inside, all weights are here: where they are sharded over ranks, for all but forwards with a gradient."""
         self.embedding_noise = 0.0
         """NEFTune's alpha: noise on the embeddings while training."""
         self.shared_reward = reward

@@ -6,6 +6,7 @@ when a run continues in the middle of a round.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from fairlead.rollout.samples import prompt_rows, sample_rows, score_kept, score
 from fairlead.rollout.screen import Screen
 from fairlead.rollout.store import RolloutStore
 from fairlead.rollout.texts import variety
-from fairlead.types import Prompt, Reward, Rollout, Sampler, Sampling, Scores, Support
+from fairlead.types import Prompt, Ranks, Reward, Rollout, Sampler, Sampling, Scores, Support
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,43 @@ class Experience:
         )
 
 
+def joined(parts: Sequence[Experience]) -> Experience:
+    """One round from the shares of it; what was measured of their texts is left out."""
+    names = dict.fromkeys(name for each in parts for name in each.parts)
+    nothing = [torch.full_like(each.scores, math.nan) for each in parts]
+    supports = [each.support or _whole_vocabulary(sum(each.lengths)) for each in parts]
+    drawn = any(each.support is not None for each in parts)
+    return Experience(
+        [tree for each in parts for tree in each.trees],
+        {
+            name: [values for each in parts for values in each.tokens[name]]
+            for name in parts[0].tokens
+            if all(name in each.tokens for each in parts)
+        },
+        torch.cat([each.scores for each in parts]),
+        torch.cat([each.finished for each in parts]),
+        {
+            name: torch.cat([each.parts.get(name, none) for each, none in zip(parts, nothing, strict=True)])
+            for name in names
+        },
+        Support(
+            torch.cat([each.kept for each in supports]),
+            torch.cat([each.counts for each in supports]),
+            torch.cat([each.banned for each in supports]),
+        )
+        if drawn
+        else None,
+    )
+
+
+def _whole_vocabulary(tokens: int) -> Support:
+    return Support(torch.zeros(0, dtype=torch.long), torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), -1))
+
+
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Makes rounds of experience, or reads them back when they were made before."""
+    """Makes rounds of experience, or reads them back when they were made before. Each of the ranks samples, scores and
+    measures its share of the prompts; then all know the whole round."""
 
     sampler: Sampler
     reward: Reward
@@ -134,6 +169,7 @@ class Collector:
     """Cleans responses, and says which are discarded; those are not scored."""
     watch: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     """Rewards that are measured of one response to each prompt, the first that was not discarded."""
+    ranks: Ranks = field(default_factory=Ranks)
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     """What the phases of the last round took; empty where it was read back."""
 
@@ -141,37 +177,73 @@ class Collector:
         """The round's experience and its hash."""
         self.seconds.clear()
         if not self.store.has(round_number):
-            with self._timed("sampling"):
-                rollouts = self.store.sample(
-                    self.sampler,
-                    round_number,
-                    prompts,
-                    sampling=self.sampling,
-                    num_samples=self.num_samples,
-                    seed=self.seed,
-                    rows=self.rows,
-                )
-            samples = sample_rows(rollouts, self.num_samples, self.renderer)
-            texts = {"prompts": prompt_rows(prompts), "samples": samples}
-            reasons: list[str | None] = [None] * len(rollouts)
-            if self.screen is not None:
-                rollouts, reasons = self.screen(rollouts)
-            with self._timed("scoring"):
-                scores = score_kept(self.reward, rollouts, reasons)
-            with self._timed("measuring"):
-                experience = self.measure(rollouts, scores)
-            finished = sum(row["finished"] for row in texts["samples"]) / len(rollouts)  # a cleaned text always ends
-            experience.measured.update({"finished": finished, **shares_of(reasons), **self._watched(rollouts, reasons)})
-            texts["scored"] = list(scored_rows(samples, rollouts, scores, reasons))
-            self.store.save(round_number, experience.tensors(), texts)
+            with self.models.whole(), self.ranks.together():
+                own, told = self._share(round_number, prompts)
+            parts = self.ranks.gather_tensors({} if own is None else own.tensors())
+            whole = joined([Experience.from_tensors(part) for part in parts if part])
+            told = [share for share in self.ranks.gather(told) if share["samples"]]
+            if self.ranks.is_leader:
+                self._save(round_number, prompts, whole, told)
         tensors, digest = self.store.load(round_number)
         return replace(Experience.from_tensors(tensors), number=round_number), digest
 
-    def _watched(self, rollouts: Sequence[Rollout], reasons: Sequence[str | None]) -> dict[str, float]:
+    def _share(self, round_number: int, prompts: Sequence[Prompt]) -> tuple[Experience | None, dict[str, Any]]:
+        """This rank's share of a round, and what is to be said of its texts; none where it has no prompts."""
+        with self._timed("sampling"):
+            rollouts = self.store.sample(
+                self.sampler,
+                round_number,
+                prompts,
+                sampling=self.sampling,
+                num_samples=self.num_samples,
+                seed=self.seed,
+                rows=self.rows,
+            )
+        samples = sample_rows(rollouts, self.num_samples, self.renderer)
+        reasons: list[str | None] = [None] * len(rollouts)
+        if self.screen is not None:
+            rollouts, reasons = self.screen(rollouts)
+        own_left = any(reason is None for reason in reasons)
+        some_left = any(self.ranks.gather(own_left))
+        with self._timed("scoring"):
+            if own_left or not some_left:
+                scores = score_kept(self.reward, rollouts, reasons)
+            else:
+                scores = Scores((math.nan,) * len(rollouts))
+        with self._timed("measuring"):
+            experience = self.measure(rollouts, scores) if rollouts else None
+        return experience, {
+            "samples": samples,
+            "scored": list(scored_rows(samples, rollouts, scores, reasons)),
+            "texts": [rollout.text for rollout in rollouts],
+            "reasons": reasons,
+            "watched": self._watched(rollouts, reasons),
+        }
+
+    def _watched(self, rollouts: Sequence[Rollout], reasons: Sequence[str | None]) -> dict[str, list[float]]:
         left = [i for i, reason in enumerate(reasons) if reason is None]
         first = {i // self.num_samples: rollouts[i] for i in reversed(left)}
         asked = [first[prompt] for prompt in sorted(first)]
-        return {f"watched/{name}": sum(reward(asked).values) / len(asked) for name, reward in self.watch.items()}
+        return {name: list(reward(asked).values) if asked else [] for name, reward in self.watch.items()}
+
+    def _save(
+        self, round_number: int, prompts: Sequence[Prompt], whole: Experience, told: Sequence[dict[str, Any]]
+    ) -> None:
+        def all_of(name: str) -> list[Any]:
+            return [each for share in told for each in share[name]]
+
+        samples, reasons = all_of("samples"), all_of("reasons")
+        watched = {name: [value for share in told for value in share["watched"][name]] for name in self.watch}
+        whole.measured.update(
+            {
+                **variety(all_of("texts")),
+                "finished": sum(row["finished"] for row in samples) / len(samples),  # a cleaned text always ends
+                **shares_of(reasons),
+                **{f"watched/{name}": sum(values) / len(values) for name, values in watched.items()},
+            }
+        )
+        texts = {"prompts": prompt_rows(prompts), "samples": samples, "scored": all_of("scored")}
+        self.store.save(round_number, whole.tensors(), texts)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -189,7 +261,6 @@ class Collector:
             torch.tensor([rollout.finished for rollout in rollouts]),
             {name: torch.tensor(values, dtype=torch.float32) for name, values in scores.parts.items()},
             support,
-            variety([rollout.text for rollout in rollouts]),
         )
         if not self.logprobs:
             return experience

@@ -132,7 +132,7 @@ def score_kept(reward: Reward, rollouts: Sequence[Rollout], reasons: Sequence[st
     if not left:
         raise TrainingError(
             f"all {len(rollouts)} responses of the round were discarded: {dict(Counter(reasons))}, the first of "
-            f"them {rollouts[0].text[:200]!r}",
+            f"them {[rollout.text[:200] for rollout in rollouts[:1]]}",
             hint="look at what discards them, and at a sample of the policy",
         )
     scores = reward([rollouts[i] for i in left])

@@ -1,6 +1,7 @@
 """Finished rollouts on disk: immutable, hashed, read back instead of sampled again.
 
-rounds/003/chunk-000.json ...              while sampling; removed once the round is whole
+rounds/003/chunk-000.json ...              while sampling, each by the rank that samples it; removed once the round is
+                                           whole
 rounds/003/prompts.jsonl, samples.jsonl, scored.jsonl
                                            as `fairlead generate` and `fairlead score` write them
 rounds/003/round.safetensors               tensors of the round
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fairlead.errors import CheckpointError
-from fairlead.types import Prompt, Rollout, Sampler, Sampling
+from fairlead.types import Prompt, Ranks, Rollout, Sampler, Sampling
 
 TENSORS, CHECKSUMS = "round.safetensors", "round.json"
 
 
 class RolloutStore:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    """The leader of the ``ranks`` reads and writes; the others are told."""
+
+    def __init__(self, folder: Path, ranks: Ranks | None = None) -> None:
+        self._folder, self._ranks = folder, ranks or Ranks()
 
     def chunk(
         self, round_number: int, number: int, prompts: Sequence[Prompt], sample: Callable[[], list[Rollout]]
     ) -> list[Rollout]:
         """The rollouts of one chunk of prompts: read back when they were sampled before, else sampled and saved."""
-        path = self._path(round_number, f"chunk-{number:03d}.json")
+        among = f"-of-{self._ranks.size}-ranks" if self._ranks.size > 1 else ""
+        path = self._path(round_number, f"chunk-{number:03d}{among}.json")
         rows = _chunk_rows(path)
         if rows is not None:
             return [Rollout(prompt, **_frozen(row)) for prompt, row in zip(prompts, rows, strict=True)]
@@ -57,11 +63,13 @@ class RolloutStore:
         rows: int,
         after_chunk: Callable[[int], None] = lambda _: None,
     ) -> list[Rollout]:
-        """The rollouts of a round, ``rows`` prompts a chunk; what was sampled before is read back. ``after_chunk`` is
-        told how many there are."""
+        """This rank's rollouts of a round, ``rows`` prompts a chunk, or fewer where there would be a rank without; what
+        was sampled before is read back. ``after_chunk`` is told how many there are."""
         rollouts: list[Rollout] = []
         key = (seed, "rollout", round_number)
-        for number, start in enumerate(range(0, len(prompts), rows)):
+        rows = max(1, min(rows, math.ceil(len(prompts) / self._ranks.size)))
+        for number in self._ranks.part(math.ceil(len(prompts) / rows)):
+            start = number * rows
             part = prompts[start : start + rows]
 
             def sample(part: Sequence[Prompt] = part, start: int = start) -> list[Rollout]:
@@ -73,12 +81,12 @@ class RolloutStore:
         return rollouts
 
     def has(self, round_number: int) -> bool:
-        return self._path(round_number, CHECKSUMS).is_file()
+        return self._ranks.from_leader(self._path(round_number, CHECKSUMS).is_file)
 
     def save(
         self, round_number: int, tensors: dict[str, Tensor], texts: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> str:
-        """Make the round final, with ``texts`` as a file of rows for each name; returns its hash."""
+        """Make the round final, with ``texts`` as a file of rows for each name; returns its hash. For the leader."""
         blobs = {f"{name}.jsonl": _lines(rows) for name, rows in texts.items()}
         blobs[TENSORS] = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}
@@ -94,6 +102,11 @@ class RolloutStore:
 
     def load(self, round_number: int) -> tuple[dict[str, Tensor], str]:
         """Tensors of a finished round and their hash. Raises CheckpointError when a file was changed."""
+        digest = self._ranks.from_leader(lambda: self._checked(round_number))
+        load = partial(load_file, self._path(round_number, TENSORS))
+        return self._ranks.tensors_from_leader(load), digest
+
+    def _checked(self, round_number: int) -> str:
         try:
             digests: dict[str, str] = json.loads(self._path(round_number, CHECKSUMS).read_bytes())
         except ValueError:
@@ -105,7 +118,7 @@ class RolloutStore:
         if TENSORS not in digests:
             raise self._changed(round_number, CHECKSUMS)
         self._drop_chunks(round_number)  # a kill may have come between the checksums and this
-        return load_file(self._path(round_number, TENSORS)), digests[TENSORS]
+        return digests[TENSORS]
 
     def _changed(self, round_number: int, name: str) -> CheckpointError:
         return CheckpointError(
@@ -115,6 +128,8 @@ class RolloutStore:
 
     def select(self, round_number: int, keep: Sequence[bool]) -> None:
         """Put those of a finished round's scored rows that are kept into a file of their own."""
+        if not self._ranks.is_leader:
+            return
         rows = self._path(round_number, "scored.jsonl").read_bytes().splitlines(keepends=True)
         chosen = [row for row, is_kept in zip(rows, keep, strict=True) if is_kept]
         _write(self._path(round_number, "selected.jsonl"), b"".join(chosen))

@@ -13,19 +13,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fairlead.config import parse_interval
 from fairlead.errors import CheckpointError, FairleadError, Interrupted, Terminated
 from fairlead.training.optim import Optimizer
 from fairlead.training.patience import better
-from fairlead.types import Progress
+from fairlead.training.stored import Stored, local, write
+from fairlead.types import Progress, Ranks
 
 FORMAT_VERSION = 2
 
@@ -66,32 +66,37 @@ class RunState:
     parameters: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     parts: Mapping[str, Stateful]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def save(self, folder: Path, step: int) -> None:
-        """Write the checkpoint as ``folder``. Raises CheckpointError, leaving nothing behind, when it cannot."""
-        if folder.exists() and verify(folder) is None:
+        """Write the checkpoint as ``folder``: the leader does, or where weights are sharded each rank its own. Raises
+        CheckpointError, leaving nothing behind, when it cannot."""
+        if not (self.ranks.is_leader or self.ranks.is_sharded):
+            return
+        writers = self.ranks if self.ranks.is_sharded else Ranks()
+        if writers.from_leader(lambda: folder.exists() and verify(folder) is None):
             return
         temporary = folder.with_name(f".writing-{folder.name}")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(
-                {name: p.detach().contiguous() for name, p in self.parameters.items()},
-                temporary / "model.safetensors",
-            )
-            save_file(self.optimizer.tensors(), temporary / "optimizer.safetensors")
+            with writers.together():
+                if writers.is_leader:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+                writers.gather(None)  # the folder is there
+                told = writers.gather(self._write_tensors(temporary, writers))
+            if not writers.is_leader:
+                return
             state = {name: part.state_dict() for name, part in self.parts.items()}
             write_text(temporary / "state.json", json.dumps(state) + "\n")
-            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            files = {name: digest for each in told for name, digest in each.items()}
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "threads": torch.get_num_threads(),
+                "ranks": self.ranks.size,
                 "torch": torch.__version__,
-                "files": files,
+                "files": dict(sorted({**files, "state.json": _digest(temporary / "state.json")}.items())),
             }
-            for name in files:
-                _fsync(temporary / name)
             write_text(temporary / "manifest.json", sealed(manifest))
             _fsync(temporary)
             if folder.exists():  # damaged, or torn by an earlier crash
@@ -108,9 +113,19 @@ class RunState:
                 "the checkpoint before, which is intact",
             ) from error
 
+    def _write_tensors(self, folder: Path, ranks: Ranks) -> dict[str, str]:
+        """The files that this rank has written, each with its checksum."""
+        held = {"model": self.parameters, "optimizer": self.optimizer.tensors()}
+        made = [write(folder, stem, tensors, ranks) for stem, tensors in held.items()]
+        for path in made:
+            if path is not None:
+                _fsync(path)
+        return {path.name: _digest(path) for path in made if path is not None}
+
     @_explained
-    def load(self, folder: Path) -> None:
-        """Put the weights, the optimizer and every part back. The checkpoint has been verified."""
+    def load(self, folder: Path) -> str:
+        """Put the weights, the optimizer and every part back. The checkpoint has been verified. Returns what a person
+        should know of it, or nothing."""
         manifest = read_manifest(folder)
         if manifest["threads"] != torch.get_num_threads():
             raise CheckpointError(
@@ -118,17 +133,23 @@ class RunState:
                 f"{torch.get_num_threads()}: the continued run would differ in its last bits",
                 hint=f"set threads={manifest['threads']}",
             )
-        weights = load_file(folder / "model.safetensors")
-        if weights.keys() != self.parameters.keys():
-            odd = sorted(weights.keys() ^ self.parameters.keys())[:3]
+        weights = Stored(folder, "model")
+        if weights.names != self.parameters.keys():
+            odd = sorted(weights.names ^ self.parameters.keys())[:3]
             raise CheckpointError(f"{folder} holds other parameters than this model: {', '.join(odd)} ...")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-        self.optimizer.load_tensors(load_file(folder / "optimizer.safetensors"))
+        load_weights(folder, self.parameters, self.ranks)
+        states = Stored(folder, "optimizer")
+        self.optimizer.load_tensors(
+            {key: states.read(key, self.parameters[key.rpartition("|")[0]], self.ranks) for key in sorted(states.names)}
+        )
         state = json.loads((folder / "state.json").read_text("utf-8"))
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        before, now = manifest.get("ranks", 1), self.ranks.size
+        return (
+            f"so far on {before} rank{'s' * (before > 1)}, from here on {now}: the continued run differs from an "
+            "uninterrupted one in its last bits"
+        ) * (before != now)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -193,12 +214,12 @@ def by_step(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
-def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+@torch.no_grad()
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
     """The trained weights alone: for the best checkpoint at the end of a run."""
-    weights = load_file(folder / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    weights = Stored(folder, "model")
+    for name, parameter in parameters.items():
+        local(parameter).copy_(weights.read(name, parameter, ranks))
 
 
 class Checkpointer:
@@ -223,19 +244,22 @@ class Checkpointer:
     def after_step(self, progress: Progress) -> None:
         improved = self._improved(progress)
         last = progress.step == progress.num_steps
-        due = {
+        is_due = {
             "never": False,
             "steps": progress.step % max(1, int(self._interval)) == 0,
             "seconds": time.monotonic() - self._last_time >= self._interval,
         }[self._unit]
-        if last or due or improved or self.stop_reason:
+        told = self._state.ranks.gather((is_due, self.stop_reason))  # clocks and signals are each rank's own
+        due, stop = told[0][0], next((reason for _, reason in told if reason), None)
+        if last or due or improved or stop:
             self._state.save(self.path(progress.step), progress.step)
             self._last_time = time.monotonic()
-            self._prune()
-        if self.stop_reason and not last:
-            kind = Terminated if self.stop_reason == "SIGTERM" else Interrupted
+            if self._state.ranks.is_leader:
+                self._prune()
+        if stop and not last:
+            kind = Terminated if stop == "SIGTERM" else Interrupted
             raise kind(
-                f"stopped by {self.stop_reason} after step {progress.step} of {progress.num_steps}; all is saved",
+                f"stopped by {stop} after step {progress.step} of {progress.num_steps}; all is saved",
                 hint="the same command continues the run",
             )
 

@@ -1,7 +1,7 @@
 """The training loop: passes over micro-batches, one optimizer step, observers. It knows no algorithm.
 
 Each term's sum is divided by the global count of its own unit, so splitting a batch into micro-batches, packing and
-padding, and mixes of terms with different units all give the same gradient.
+padding, mixes of terms with different units and sharing a batch out over ranks all give the same gradient.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
+from fairlead.data.pack import token_batch
+from fairlead.data.render import Tree
 from fairlead.errors import TrainingError
 from fairlead.models.roles import Models
 from fairlead.ops.sampling import stream_key
 from fairlead.training.budget import TokenBudget, is_out_of_memory
 from fairlead.training.optim import Optimizer
 from fairlead.training.precision import LossScale
-from fairlead.types import Mean, Metrics, Observer, Outputs, Pace, Pass, Progress, Rounds, Source, TokenBatch
+from fairlead.types import Mean, Metrics, Observer, Outputs, Pace, Pass, Progress, Ranks, Rounds, Source, TokenBatch
+
+ALONE = Ranks()
+IDLE = token_batch([Tree((0,), ((0,),))], packed=True, pad_id=0)
+"""What a rank computes that has nothing left, while others have."""
 
 
 @dataclass(slots=True)
@@ -50,12 +57,14 @@ def run(
     scale: LossScale | None = None,
     budget: TokenBudget | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train from where ``source`` and ``clock`` stand to the source's end.
 
     ``measure`` is asked at step 0 and after every step for held-out metrics; it returns none where none are due. With
     ``scale`` a step whose gradients overflow is skipped; without, it is an error. A step for which memory runs out is
-    done again with half the ``budget``. ``stop`` is asked before each step.
+    done again with half the ``budget``. ``stop`` is asked before each step. ``source`` gives each of the ``ranks`` its
+    own micro-batches; all else is the same on all of them.
     """
     started = time.monotonic() - clock.seconds
 
@@ -69,13 +78,14 @@ def run(
         tell(before)
     for micro_batches in () if stop() else source:
         clock.step += 1
+        ranks.begin_step(clock.step)
         factor = 1.0 if scale is None else scale.value
 
         def accumulate(micro_batches: Sequence[TokenBatch], factor: float = factor) -> dict[str, float]:
-            torch.manual_seed(stream_key(seed, "dropout", clock.step))
-            return backward(models, passes, micro_batches, step=clock.step, loss_scale=factor)
+            torch.manual_seed(stream_key(seed, "dropout", clock.step, *([ranks.rank] if ranks.rank else ())))
+            return backward(models, passes, micro_batches, ranks, step=clock.step, loss_scale=factor)
 
-        metrics = _within_memory(accumulate, micro_batches, source, optimizer, budget, clock.step)
+        metrics = _within_memory(accumulate, micro_batches, source, optimizer, budget, clock.step, ranks)
         norm = optimizer.clip(factor)
         finite = bool(torch.isfinite(norm))
         if not finite and factor <= 1:
@@ -89,8 +99,9 @@ def run(
         pace = source.pace if isinstance(source, Rounds) else Pace()
         if pace.fresh:
             optimizer.forget()
+        torch.manual_seed(stream_key(seed, "optimizer", clock.step))  # the same draws on all ranks
         metrics["learning_rate"] = optimizer.step(clock.step, pace.rate) if finite else optimizer.skip()
-        clock.tokens += sum(batch.num_tokens for batch in micro_batches)
+        clock.tokens += int(ranks.sums({"tokens": sum(batch.num_tokens for batch in micro_batches)})["tokens"])
         metrics |= {"grad_norm": float(norm)} if finite else {}
         metrics |= source.after_step(metrics)
         tell(metrics | measure(clock.step))
@@ -105,6 +116,7 @@ def _within_memory(
     optimizer: Optimizer,
     budget: TokenBudget | None,
     step: int,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """The step's gradients, in smaller micro-batches where memory runs out. Raises TrainingError where the smallest
     does not fit."""
@@ -114,70 +126,107 @@ def _within_memory(
         except Exception as error:
             if budget is None or not is_out_of_memory(error):
                 raise
-            said, largest = str(error).splitlines()[0], max(batch.num_tokens for batch in micro_batches)
+            said, largest = str(error).splitlines()[0], max((batch.num_tokens for batch in micro_batches), default=0)
         optimizer.skip()  # what the step had gathered
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        fewer = list(micro_batches)
-        while len(fewer) == len(micro_batches) and budget.halve(step):
-            fewer = source.remake()
-        if len(fewer) == len(micro_batches):
+        before = after = _number(micro_batches, ranks)
+        while after == before and budget.halve(step):
+            micro_batches = source.remake()
+            after = _number(micro_batches, ranks)
+        if after == before:
             raise TrainingError(
                 f"step {step}: memory ran out in a forward pass of {largest:,} tokens, which cannot be cut: {said}",
                 hint="model.gradient_checkpointing=true, model.adapter=lora, or a shorter data.max_length",
             )
-        micro_batches = fewer
+
+
+def _number(micro_batches: Sequence[TokenBatch], ranks: Ranks) -> float:
+    return ranks.sums({"": len(micro_batches)})[""]
 
 
 def backward(
     models: Models,
     passes: Sequence[Pass],
     micro_batches: Sequence[TokenBatch],
+    ranks: Ranks = ALONE,
     *,
     step: int = 0,
     loss_scale: float = 1.0,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one optimizer step, times ``loss_scale``; returns the step's metrics."""
-    counts = total_counts(micro_batches)
+    """Accumulate the gradient of one optimizer step over all ``ranks``, times ``loss_scale``; returns the step's
+    metrics."""
+    counts = ranks.sums(total_counts(micro_batches))
     _refuse_nothing(passes, counts, step)
     metrics: Metrics = {}
-    micro_batches = _prepared(models, passes, micro_batches)
-    for number, batch in enumerate(micro_batches):
-        batch = batch.to(models.device)
-        for each in passes_of(passes, batch):
+    with ranks.together():
+        prepared = _prepared(models, passes, micro_batches, ranks)
+        for number, (each, batch) in enumerate(_turns(passes, prepared, ranks)):
             with models.use(each.role):
-                loss, measured = _loss(models, each, batch, counts)
+                if batch is None:
+                    models(IDLE.to(models.device), each.needs).nothing.backward()
+                    continue
+                loss, measured = _loss(models, each, batch.to(models.device), counts)
                 if not torch.isfinite(loss):
                     values = {name: mean.value for name, mean in measured.items()}
                     raise TrainingError(
-                        f"step {step}: micro-batch {number} has loss {float(loss)}: {values}",
+                        f"step {step}: forward pass {number} has loss {float(loss)}: {values}",
                         hint="lower optim.learning_rate, or look at the rows of this step",
                     )
                 (loss * loss_scale).backward()
             _add(metrics, measured)
-    return {name: mean.value for name, mean in metrics.items()}
+    ranks.sum_gradients(models.trainable.values())
+    return _means(metrics, ranks)
+
+
+def _turns(
+    passes: Sequence[Pass], micro_batches: Sequence[TokenBatch], ranks: Ranks
+) -> Iterator[tuple[Pass, TokenBatch | None]]:
+    """Forwards and backwards one after the other; where weights are sharded, as many of each pass on all ranks, of
+    which a rank without a micro-batch for it takes part with none."""
+    if not ranks.is_sharded:
+        yield from ((each, batch) for batch in micro_batches for each in passes_of(passes, batch))
+        return
+    for each in passes:
+        own = [batch for batch in micro_batches if isinstance(batch, each.batch)]
+        most = max(ranks.gather(len(own)))
+        yield from ((each, batch) for batch in [*own, *[None] * (most - len(own))])
 
 
 @torch.no_grad()
-def evaluate(models: Models, passes: Sequence[Pass], micro_batches: Iterable[TokenBatch]) -> dict[str, float]:
-    """The same losses and metrics without gradients, as one batch; names as in training."""
-    batches = list(micro_batches)
-    counts = total_counts(batches)
+def evaluate(
+    models: Models, passes: Sequence[Pass], micro_batches: Iterable[TokenBatch], ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """The same losses and metrics without gradients, as one batch; names as in training. Each of the ``ranks`` takes
+    its turn of the micro-batches."""
+    batches = list(islice(micro_batches, ranks.rank, None, ranks.size))
+    counts = ranks.sums(total_counts(batches))
     metrics: Metrics = {}
     models.eval()
     try:
-        for batch in _prepared(models, passes, batches):
-            batch = batch.to(models.device)
-            for each in passes_of(passes, batch):
-                with models.use(each.role):
-                    _add(metrics, _loss(models, each, batch, counts)[1])
+        with models.whole():
+            for batch in _prepared(models, passes, batches, ranks):
+                batch = batch.to(models.device)
+                for each in passes_of(passes, batch):
+                    with models.use(each.role):
+                        _add(metrics, _loss(models, each, batch, counts)[1])
     finally:
         models.train()
-    return {name: mean.value for name, mean in metrics.items()}
+    return _means(metrics, ranks)
+
+
+def _means(metrics: Metrics, ranks: Ranks) -> dict[str, float]:
+    """Over all ranks."""
+    found: Metrics = {}
+    for each in ranks.gather({name: (float(mean.sum), float(mean.count)) for name, mean in metrics.items()}):
+        _add(found, {name: Mean(*mean) for name, mean in each.items()})
+    return {name: mean.value for name, mean in found.items()}
 
 
 @torch.no_grad()
-def _prepared(models: Models, passes: Sequence[Pass], micro_batches: Sequence[TokenBatch]) -> Sequence[TokenBatch]:
+def _prepared(
+    models: Models, passes: Sequence[Pass], micro_batches: Sequence[TokenBatch], ranks: Ranks
+) -> Sequence[TokenBatch]:
     """The micro-batches with what losses that couple them have to know of all of them."""
     for each in passes:
         if each.prepare is not None:
@@ -188,7 +237,8 @@ def _prepared(models: Models, passes: Sequence[Pass], micro_batches: Sequence[To
                 with models.use(role or own.role):
                     return models(batch.to(models.device), needs, own.temperature)
 
-            micro_batches = each.prepare(call, micro_batches)
+            with models.whole():
+                micro_batches = each.prepare(call, micro_batches, ranks)
     return micro_batches
 
 

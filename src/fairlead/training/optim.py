@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairlead.config import OptimSection
 from fairlead.errors import ConfigError
 from fairlead.training.rules import AdamWBfloat16, Lion
+from fairlead.training.stored import local
 
 
 class Optimizer:
@@ -62,6 +63,7 @@ class Optimizer:
             for gradient in gradients:
                 gradient.mul_(1 / loss_scale)
         norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore  # of sharded ones
         if self._section.max_grad_norm is not None and torch.isfinite(norm):
             nn.utils.clip_grads_with_norm_(self._parameters, self._section.max_grad_norm, norm)
         return norm
@@ -89,8 +91,9 @@ class Optimizer:
                 state[field] = int(value)
             elif field in state:  # bitsandbytes chose where it lies
                 state[field].copy_(value)
-            elif value.shape == parameter.shape:  # fused steps walk both side by side: the same strides
-                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            elif value.shape == local(parameter).shape:  # fused steps walk both side by side: the same strides
+                state[field] = torch.empty_like(parameter, dtype=value.dtype)
+                local(state[field]).copy_(value)
             else:
                 state[field] = value.to(parameter.device)
 

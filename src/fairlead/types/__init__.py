@@ -36,6 +36,7 @@ from fairlead.types.batches import (
 )
 from fairlead.types.observers import Observer, Progress, Sink
 from fairlead.types.outputs import Mean, Metrics, Outputs
+from fairlead.types.ranks import Ranks
 from fairlead.types.records import (
     Conversation,
     Demonstration,
@@ -73,6 +74,7 @@ __all__ = [
     "Prompt",
     "Ranking",
     "RankingBatch",
+    "Ranks",
     "Record",
     "ReferenceUse",
     "Reward",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fairlead.types.batches import TokenBatch
 from fairlead.types.outputs import Metrics, Outputs
+from fairlead.types.ranks import Ranks
 from fairlead.types.records import Record
 
 B = TypeVar("B", bound=TokenBatch, contravariant=True)
@@ -37,8 +38,8 @@ class Call(Protocol):
         ...
 
 
-Prepare = Callable[[Call, Sequence[Any]], Sequence[Any]]
-"""The micro-batches of a step, with ``statistics`` filled in."""
+Prepare = Callable[[Call, Sequence[Any], Ranks], Sequence[Any]]
+"""This process's micro-batches of a step, with ``statistics`` of all processes' filled in."""
 
 
 @dataclass(frozen=True, slots=True)

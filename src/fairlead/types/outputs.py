@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
+@dataclass(init=False, slots=True, eq=False)
 class Outputs:
     """What a model call returns; asking for what was not computed is an error of the programmer."""
 
+    _tensors: dict[str, Tensor]
+
     def __init__(self, **tensors: Tensor) -> None:
         self._tensors = tensors
+
+    @property
+    def nothing(self) -> Tensor:
+        """Zero, of which all that was computed gets a gradient of zero. []"""
+        return torch.stack([(values * 0).sum() for values in self._tensors.values() if values.requires_grad]).sum()
 
     def has(self, name: str) -> bool:
         return name in self._tensors
