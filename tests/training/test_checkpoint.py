@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fairlead.config import OptimSection
 from fairlead.errors import CheckpointError, Interrupted
-from fairlead.training import checkpoint
+from fairlead.training import checkpoint, stored
 from fairlead.training.checkpoint import Checkpointer, RunState, load_weights, newest, sealed, verify
 from fairlead.training.optim import Optimizer
 from fairlead.types import Progress
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_of_the_new_one(
 ) -> None:
     before = saved(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, name, failing)
+        patch.setattr(stored if name == "save_file" else checkpoint, name, failing)
         with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left.*\nhint: ") as caught:
             saved(tmp_path, 2)
     assert caught.value.exit_code == 6
@@ -465,6 +465,6 @@ def test_a_request_to_stop_at_the_last_step_lets_the_run_finish(tmp_path: Path) 
 def test_nothing_is_said_to_be_saved_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpointer = Checkpointer(tmp_path, fresh(), every="never", keep=2, best=None)
     checkpointer.stop_reason = "SIGINT"
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(stored, "save_file", full)
     with pytest.raises(CheckpointError, match="could not be written"):
         checkpointer.after_step(Progress(2, 9, {}, 0, 0.0))

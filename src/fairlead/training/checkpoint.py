@@ -215,9 +215,9 @@ def by_step(checkpoints: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter], ranks: Ranks | None = None) -> None:
     """The trained weights alone: for the best checkpoint at the end of a run."""
-    weights = Stored(folder, "model")
+    weights, ranks = Stored(folder, "model"), ranks or Ranks()
     for name, parameter in parameters.items():
         local(parameter).copy_(weights.read(name, parameter, ranks))
 

@@ -49,7 +49,7 @@ def write(folder: Path, stem: str, tensors: Mapping[str, Tensor], ranks: Ranks) 
             held[name] = tensor.detach().contiguous()
     if not held and ranks.size > 1:
         return None
-    save_file(held, path, metadata={"rows": json.dumps(rows)} if rows else None)
+    save_file(held, path, {"rows": json.dumps(rows)} if rows else None)
     return path
 
 
