@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,11 +27,15 @@ class Stub:
     """Answers a batch with the outputs that were given for it; a batch is known by its first token."""
 
     device = torch.device("cpu")
+    trainable: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         self.outputs: dict[int, dict[str, Tensor]] = {}
 
     def use(self, _: str) -> Any:
+        return nullcontext()
+
+    def whole(self) -> Any:
         return nullcontext()
 
     def __call__(

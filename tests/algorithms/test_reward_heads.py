@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -138,13 +139,15 @@ class Stub:
     """A model whose heads give the scores it was given."""
 
     device = torch.device("cpu")
+    trainable: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, scores: list[list[float]]) -> None:
         self.scores = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
 
     def use(self, _: str) -> Any:
-        from contextlib import nullcontext
+        return nullcontext()
 
+    def whole(self) -> Any:
         return nullcontext()
 
     def __call__(self, *_: Any, **__: Any) -> Outputs:
