@@ -77,7 +77,7 @@ def test_wherever_the_disk_becomes_full_the_same_command_continues_with_more_roo
     place: Path, disk: Callable[[str], None], whole: dict[str, bytes]
 ) -> None:
     said: list[str] = []
-    for kilobytes in range(16, 2000, 116):
+    for kilobytes in range(16, 2000, 40):
         disk(f"remount,size={kilobytes}k")
         try:
             train()

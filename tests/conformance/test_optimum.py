@@ -17,6 +17,7 @@ def test_every_response_is_there_once_and_their_probabilities_sum_to_one() -> No
     torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+@torch.no_grad()
 def test_a_response_has_the_probability_of_its_tokens_one_by_one() -> None:
     model = TASK.model().double().eval()
     found = TASK.enumerated(model)

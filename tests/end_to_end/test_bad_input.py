@@ -20,7 +20,7 @@ import fairlead
 from fairlead.cli import main
 from fairlead.errors import CheckpointError
 from fairlead.pipeline_file import nest
-from fairlead.training import checkpoint
+from fairlead.training import checkpoint, stored
 
 RUN = {"data.eval_fraction": 0.0, "train.save_every": 1, "train.keep_checkpoints": 9}
 NOT_UTF_8 = json.dumps(ROWS["sft"][0]).encode() + b'\n{"prompt": "caf\xe9", "response": "x"}\n'
@@ -360,7 +360,7 @@ def test_other_verbs_explain_what_they_were_given(
 
 def break_saving(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """The disk is full once ``after`` checkpoints, of two tensor files each, have been written."""
-    real, calls = checkpoint.save_file, 0
+    real, calls = stored.save_file, 0
 
     def save_file(tensors: Any, path: Path) -> None:
         nonlocal calls
@@ -370,7 +370,7 @@ def break_saving(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(stored, "save_file", save_file)
 
 
 @dataclass(frozen=True, slots=True)

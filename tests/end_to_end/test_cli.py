@@ -24,6 +24,7 @@ VERBS = {
     "train",
     "resume",
     "fork",
+    "prove",
     "prepare",
     "inspect",
     "pipeline",
@@ -82,7 +83,7 @@ def test_the_help_of_each_verb_names_its_options(fairlead_command: Command) -> N
     for verb in VERBS:
         text, _ = fairlead_command(verb, "--help")
         assert ("--out" in text) == (
-            verb in ("prepare", "generate", "score", "select", "merge", "import", "report", "demo")
+            verb in ("prepare", "generate", "score", "select", "merge", "import", "report", "demo", "prove")
         )
         assert ("--dry-run" in text) == (verb in ("train", "pipeline"))
         assert ("--json" in text) == (verb != "report")

@@ -162,6 +162,8 @@ def test_random_walks_run_from_the_graph_to_the_evaluation(tmp_path: Path) -> No
         "stages.pretrain.model.scratch.num_layers": 1,
         "stages.pretrain.model.scratch.num_heads": 2,
         "stages.pretrain.train.steps": 2,
+        # No walk arrives so early, and without a difference there is no pair.
+        "stages.online_dpo.online_dpo.reward": "tests.end_to_end.rows:brevity",
         "stages.evaluation.draws": 1,
     }
     summary = run_pipeline("random-walks", small)

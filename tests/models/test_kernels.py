@@ -51,7 +51,7 @@ def test_a_model_with_kernels_gives_the_logits_and_gradients_of_the_plain_one(fa
     kernels.patch(fast, kernels.OURS)
     assert _patched(fast) == PATCHED[family]
     (wanted, wanted_gradients), (got, gradients) = _outcome(reference), _outcome(fast)
-    assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert float((got - wanted).abs().max() / wanted.abs().max()) < 3e-5  # 1.2e-5 on a CPU without AVX-512
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():
         bound = 5e-5 * float(wanted_gradients[name].norm()) + 1e-5  # of key biases, rounding is all there is

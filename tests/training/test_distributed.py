@@ -93,6 +93,7 @@ def differences(size: int, cases: list[tuple[str, dict[str, Any]]], folder: Path
         ]
 
     alone, several = on_ranks(1, folder / "one", lambda _: work(Ranks())), on_ranks(size, folder / "several", work)
+    assert not any(isinstance(each, str) for each in (*alone, *several)), (alone, several)
     found: dict[str, float] = {}
     for (algorithm, more), wanted, *got in zip(cases, alone[0], *several, strict=True):
         name = f"{algorithm} {more}"

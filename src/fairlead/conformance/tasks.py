@@ -159,7 +159,9 @@ class Task:
         """What the reward model saved in a folder says of every response, at its last token [P, N]."""
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float64, trust_remote_code=False
+        ).eval()
         ids = _padded(self.responses, self.length)
         rows: list[Tensor] = []
         for prompt in self._prompt_ids():
@@ -182,9 +184,9 @@ def _load(folder: Path) -> Any:
 
     options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, **options, trust_remote_code=False).eval()
     from peft import PeftConfig, PeftModel
 
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(str(name), **options)
+    base = AutoModelForCausalLM.from_pretrained(str(name), trust_remote_code=False, **options)
     return PeftModel.from_pretrained(base, str(folder)).double().eval()

@@ -194,6 +194,13 @@ class Models(nn.Module):
             if before:
                 self._activate(before)
 
+    def exchanged(self) -> None:
+        """Told when the parameters were exchanged for others with the same weights."""
+        self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        if self._start is not None:
+            self._start = self._writes()
+
     def _writes(self) -> int:
         """Grows whenever a trained weight is written to."""
         return sum(parameter._version for parameter in self.trainable.values())

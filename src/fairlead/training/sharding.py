@@ -43,9 +43,8 @@ def shard(models: Models, ranks: Ranks) -> None:
     for module in sharded_modules(models):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    models.trainable = {name: p for name, p in models.named_parameters() if p.requires_grad}
-    whole = Whole(models)
-    models.whole = whole
+    models.exchanged()
+    models.whole = Whole(models)
     ranks.is_sharded = True
 
 
