@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fairlead.algorithms import find
 from fairlead.algorithms.stage import Stage
@@ -240,7 +241,7 @@ def _train(
             observer.close()
         summary = _summary(directory, algorithm, clock, status, ended)
         if ranks.is_leader:
-            with contextlib.suppress(RunError):
+            with contextlib.suppress(*(() if status == "finished" else (RunError,))):  # what ended it weighs more
                 directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
 
@@ -328,7 +329,7 @@ def _write_model(directory: RunDirectory, stage: Stage) -> None:
         write_card(temporary, directory.path)
         shutil.rmtree(directory.model, ignore_errors=True)
         temporary.rename(directory.model)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
             f"the model could not be saved to {directory.model}: {error}",

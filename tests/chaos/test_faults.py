@@ -87,7 +87,7 @@ def test_wherever_the_disk_becomes_full_the_same_command_continues_with_more_roo
             assert "No space left" in said[-1] and "hint: " in said[-1]
     assert differing(left_behind(place / "runs" / "raft"), whole) == []
     for what in ("checkpoint of step", "rounds/", "model could not be saved"):
-        assert any(what in each for each in said), said
+        assert any(what in each for each in said), (what, *(each.split(chr(10))[0] for each in said))
 
 
 def test_files_that_cannot_be_written_to_their_end_are_a_full_disk_too(place: Path, whole: dict[str, bytes]) -> None:

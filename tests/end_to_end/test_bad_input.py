@@ -362,13 +362,13 @@ def break_saving(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """The disk is full once ``after`` checkpoints, of two tensor files each, have been written."""
     real, calls = stored.save_file, 0
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
         nonlocal calls
         calls += 1
         if calls > 2 * after:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
     monkeypatch.setattr(stored, "save_file", save_file)
 
