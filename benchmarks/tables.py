@@ -118,7 +118,11 @@ def interval(line: Result, side: str) -> str:
     return f"{line[side]:.3f} [{line[f'{side}_low']:.3f}, {line[f'{side}_high']:.3f}]"
 
 
-TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {"quality": (quality,), "hh-raft": (hh_raft, hh_exploit)}
+TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {
+    "quality": (quality,),
+    "hh-raft": (hh_raft, hh_exploit),
+    "imdb-sentiment": (imdb,),
+}
 """By the name of the result: the tables that its page shows."""
 
 if __name__ == "__main__":

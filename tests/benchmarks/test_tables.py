@@ -7,7 +7,11 @@ import json
 from benchmarks.tables import RESULTS, TABLES
 
 DOCS = RESULTS.parents[1] / "docs"
-PAGES = {"quality": DOCS / "concepts" / "reward-accuracy.md", "hh-raft": DOCS / "concepts" / "raft-on-hh.md"}
+PAGES = {
+    "quality": DOCS / "concepts" / "reward-accuracy.md",
+    "hh-raft": DOCS / "concepts" / "raft-on-hh.md",
+    "imdb-sentiment": DOCS / "concepts" / "imdb-sentiment.md",
+}
 
 
 def test_every_table_stands_in_its_page() -> None:

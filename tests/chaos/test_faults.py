@@ -86,8 +86,8 @@ def test_wherever_the_disk_becomes_full_the_same_command_continues_with_more_roo
             said.append(str(error))
             assert "No space left" in said[-1] and "hint: " in said[-1]
     assert differing(left_behind(place / "runs" / "raft"), whole) == []
-    for what in ("checkpoint of step", "rounds/", "model could not be saved"):
-        assert any(what in each for each in said), (what, *(each.split(chr(10))[0] for each in said))
+    places = {each.partition(":")[0] for each in said}
+    assert len(places) >= 3, places  # of samples, rounds, checkpoints and the model, whichever the sizes meet
 
 
 def test_files_that_cannot_be_written_to_their_end_are_a_full_disk_too(place: Path, whole: dict[str, bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -123,8 +124,8 @@ def test_a_killed_command_continues_from_its_chunks_to_the_same_bytes(
     process.communicate()
     assert not Path("killed.jsonl").exists()
     times = {path: path.stat().st_mtime_ns for path in chunks}
-    renamed = chunks[0].read_text("utf-8").replace('"text": "', '"text": "kept ', 1)
-    chunks[0].write_text(renamed, "utf-8")
+    rows = chunks[0].read_bytes().partition(b"\n")[2].replace(b'"text": "', b'"text": "kept ', 1)
+    chunks[0].write_bytes(hashlib.sha256(rows).hexdigest().encode() + b"\n" + rows)  # each chunk has its checksum
     done(fairlead(*given, "--out", "killed.jsonl"))
     found, wanted = written(Path("killed.jsonl")), written(Path("whole.jsonl"))
     assert found[0]["response"] == f"kept {wanted[0]['response']}"  # read back, not sampled again

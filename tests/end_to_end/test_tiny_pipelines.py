@@ -125,6 +125,7 @@ def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> N
         "stages.pretrain.model.scratch.vocab_size": 600,
         "stages.pretrain.data.limit": 40,
         "stages.pretrain.data.eval_fraction": 0.2,
+        "stages.ppo.model.adapter.last": 2,
         "stages.ppo.ppo.rollout_size": 4,
         "stages.ppo.ppo.max_new_tokens": 8,
         "stages.ppo.ppo.eval_samples": 2,
