@@ -32,7 +32,11 @@ def score(outputs, topic=None, **columns):
 
 
 def arguments(algorithm: str, folder: Path, data: Path, **more: Any) -> list[str]:
-    given = settings(algorithm, folder, **{"model.scratch": SCRATCH, "train.save_every": 1, **more})
+    given = settings(
+        algorithm,
+        folder,
+        **{"model.path": None, "model.adapter": None, "model.scratch": SCRATCH, "train.save_every": 1, **more},
+    )
     given = {"data.path": str(data), **given}
     return ["train", algorithm, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
 
@@ -103,7 +107,7 @@ def test_two_nodes_make_the_run_of_one(tmp_path: Path) -> None:
 
 def test_accelerate_starts_it_too(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS["sft"])
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     done = launch(*launcher, "--module", "fairlead", *arguments("sft", tmp_path, data))
     assert done.returncode == 0, done.stderr
     checkpoint = max((tmp_path / "sft" / "checkpoints").iterdir())
