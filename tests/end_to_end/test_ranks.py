@@ -33,7 +33,7 @@ def run(algorithm: str, folder: Path, **more: Any) -> Callable[[], dict[str, Any
 
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("performance/")} for row in lines]
+    return [{k: v for k, v in row.items() if "seconds" not in k and not k.startswith("performance/")} for row in lines]
 
 
 def files(run: Path) -> dict[str, bytes]:
