@@ -2,20 +2,16 @@
 and after each algorithm, accuracies of the two classifiers, and the source's four prompts one by one.
 
     fairlead pipeline imdb-sentiment data.path=ACLIMDB data.second=RT_POLARITY
-    python benchmarks/imdb_sentiment.py runs/imdb-sentiment
+    python -m benchmarks.imdb_sentiment runs/imdb-sentiment
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pipelines import RESULTS, about, read_json, read_rows, sampled_tokens, write_result
 
 NAME = "imdb-sentiment"
 COMMAND = f"fairlead pipeline {NAME} data.path=ACLIMDB data.second=RT_POLARITY"
@@ -26,7 +22,7 @@ UNITS = {"kl": "nats", "length": "tokens", "distinct_2": "share", "distinct_1": 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
     """Each figure of the evaluation, before and after each algorithm that was run."""
-    found = json.loads((folder / "evaluation" / "metrics.json").read_text("utf-8"))
+    found = read_json(folder / "evaluation" / "metrics.json")
     return [
         {
             "case": "held-out prompts",
@@ -43,19 +39,12 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def sampled_tokens(folder: Path) -> dict[str, int]:
-    """Of the responses that each algorithm sampled to learn from."""
-    files = {name: sorted((folder / name).glob("rounds/*/samples.jsonl")) for name in ALGORITHMS}
-    lines = {name: [line for file in found for line in file.open(encoding="utf-8")] for name, found in files.items()}
-    return {name: sum(json.loads(line)["length"] for line in found) for name, found in lines.items() if found}
-
-
 def accuracies(folder: Path) -> list[dict[str, Any]]:
     """Of the classifiers, on what they were not trained on."""
     cases: list[dict[str, Any]] = []
     for run in ("classifier", "second"):
-        metrics = json.loads((folder / run / "summary.json").read_text("utf-8"))["metrics"]
-        ours, of = metrics["eval/rewards/accuracies"]["mean"], json.loads((folder / run / "manifest.json").read_text())
+        metrics = read_json(folder / run / "summary.json")["metrics"]
+        ours, of = metrics["eval/rewards/accuracies"]["mean"], read_json(folder / run / "manifest.json")
         number = of.get("data", {}).get("eval", {}).get("kept")
         cases.append(
             {"case": run, "metric": "held-out accuracy", "unit": "share", "ours": ours, "peer": None, "n": number}
@@ -65,8 +54,7 @@ def accuracies(folder: Path) -> list[dict[str, Any]]:
 
 def prompts(folder: Path) -> list[dict[str, Any]]:
     """The prompts of the source: the mean over their responses, and the first response, before and after."""
-    lines = (folder / "ppo" / "eval_prompts.jsonl").read_text("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_rows(folder / "ppo" / "eval_prompts.jsonl")
     steps = {row["step"] for row in rows}
     first, last = ([row for row in rows if row["step"] == step] for step in (min(steps), max(steps)))
     return [
@@ -86,23 +74,20 @@ def prompts(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of the finished pipeline")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{NAME}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
     given = parser.parse_args()
-    summary = json.loads((given.folder / "summary.json").read_text("utf-8"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    summary = read_json(given.folder / "summary.json")
     result = {
-        "command": COMMAND,
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **about(COMMAND, "one thread a stage"),
         "seconds": {name: stage["seconds"] for name, stage in summary["stages"].items()},
         "scores": SCORES,
-        "sampled_tokens": sampled_tokens(given.folder),
+        "sampled_tokens": {
+            name: sampled_tokens(given.folder / name) for name in ALGORITHMS if (given.folder / name).is_dir()
+        },
         "cases": held_out(given.folder) + accuracies(given.folder),
         "prompts": prompts(given.folder),
     }
-    given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_result(result, given.out)
 
 
 if __name__ == "__main__":

@@ -2,41 +2,31 @@
 algorithm and on the way there, drawn as docs/concepts/random-walks.svg; the tables of that page go to stdout.
 
     for seed in 0 1 2; do fairlead pipeline random-walks seed=$seed name=random-walks-$seed; done
-    python benchmarks/random_walks.py runs/random-walks-0 runs/random-walks-1 runs/random-walks-2
+    python -m benchmarks.random_walks runs/random-walks-0 runs/random-walks-1 runs/random-walks-2
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
+from benchmarks.pipelines import RESULTS, ROOT, about, read_json, read_rows, write_result
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
 COMMAND = "for seed in 0 1 2; do fairlead pipeline random-walks seed=$seed name=random-walks-$seed; done"
 ALGORITHMS = ("ppo", "rloo", "grpo", "raft", "online_dpo", "dpo")
 WANTED = 0.95
 SHOWN_EVERY = 16
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
 def curve(run: Path) -> dict[str, float]:
     """Optimality by step, where the run evaluated it on its way."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     return {str(row["step"]): round(row["eval/score"], 4) for row in rows if "eval/score" in row}
 
 
@@ -129,15 +119,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 
 def summarise(folders: Sequence[Path]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
     return {
-        "command": COMMAND,
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, one thread a run",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **about(COMMAND, "one thread a run"),
         "floor": round(read_json(folders[0] / "prepared" / "manifest.json")["counts"]["optimality"], 4),
         "ceiling": 1.0,
         "cases": [case for folder in folders for case in cases(folder)],
@@ -147,11 +130,11 @@ def summarise(folders: Sequence[Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="of finished pipelines, one a seed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "random-walks.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "random-walks.json")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs" / "concepts" / "random-walks.svg")
     given = parser.parse_args()
     result = summarise(given.folders)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(result, given.out)
     draw(result, given.svg)
     print(outcomes(result), progress(result), sep="\n\n")
 

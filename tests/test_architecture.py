@@ -32,6 +32,7 @@ LAYERS = [
     {
         "cli",
         "cli_samples",
+        "cli_print",
         "pipeline",
         "pipeline_file",
         "pipeline_verbs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fairlead.cli_samples import AsJson, Settings, generate, score, select
-from fairlead.cli_samples import print_result as _print
+from fairlead.cli_print import AsJson, Settings, indented, kind_lines, print_resolved
+from fairlead.cli_print import print_result as _print
+from fairlead.cli_samples import generate, score, select
 from fairlead.errors import ConfigError, FairleadError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def train(
 
     resolved = resolve(recipe, settings or [])
     if dry_run:
-        _print_resolved(resolved, as_json)
+        print_resolved(resolved, as_json)
         return
     _print_run(run_stage(resolved), as_json)
 
@@ -102,7 +102,7 @@ def prepare(
 
     if as_list:
         kinds = describe_kinds()
-        _print(kinds, as_json, "\n".join(map(_kind_lines, kinds)))
+        _print(kinds, as_json, "\n".join(map(kind_lines, kinds)))
         return
     if kind is None or out is None:
         missing = "a kind of data" if kind is None else "--out DIR"
@@ -118,20 +118,6 @@ def prepare(
     counts = manifest["counts"]
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items())
     _print(manifest, as_json, f"{out}: {counts['read']} read, {counts['kept']} kept; dropped: {dropped or 'none'}")
-
-
-def _kind_lines(kind: dict[str, Any]) -> str:
-    use = " (research only)" if kind["research_only"] else ""
-    options = [f"    {option['name']}={_yaml(option['default'])}  {option['help']}" for option in kind["options"]]
-    return "\n".join(
-        [
-            f"{kind['name']}: {kind['about']}",
-            f"  {kind['source'] or ('made here' if kind['made_here'] else 'your own files')}",
-            f"  licence: {kind['licence']}{use}",
-            *options,
-            "",
-        ]
-    )
 
 
 @app.command()
@@ -180,7 +166,7 @@ def pipeline(
         stages = [
             {"stage": name, "verb": verb, "settings": given} for name, verb, given in room.plan(file, settings or [])
         ]
-        text = "\n".join(f"{s['stage']}: {s['verb']}\n" + _indented(s["settings"]) for s in stages)
+        text = "\n".join(f"{s['stage']}: {s['verb']}\n" + indented(s["settings"]) for s in stages)
         _print({"stages": stages}, as_json, text)
         return
     summary = room.run_pipeline(file, settings or [])
@@ -339,34 +325,6 @@ def _named(text: str) -> tuple[str, str]:
     if not equals:
         raise typer.BadParameter(f"{text!r}: write NAME=RUN or NAME=module:function")
     return name, value
-
-
-def _indented(settings: dict[str, Any]) -> str:
-    return "".join(f"  {key}: {_yaml(value)}\n" for key, value in settings.items())
-
-
-def _yaml(value: Any) -> str:
-    """A value as it is written in a recipe or behind `key=`."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _print_resolved(resolved: Any, as_json: bool) -> None:
-    from fairlead.config_resolve import flatten
-
-    flat = flatten(resolved.as_dict())
-    if as_json:
-        _print(
-            {key: {"value": value, "from": resolved.origins.get(key, "default")} for key, value in flat.items()},
-            True,
-            "",
-        )
-        return
-    lines = {key: f"{key}: {_yaml(value)}" for key, value in flat.items()}
-    width = max(len(line) for line in lines.values() if len(line) < 60)
-    for key, line in lines.items():
-        print(f"{line:<{width}}  # {resolved.origins.get(key, 'default')}")
-    for warning in resolved.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _refuse_ranks() -> None:

@@ -1,20 +1,15 @@
-"""The verbs that make files of samples and work on them, and what every verb prints with."""
+"""The verbs that make files of samples and work on them."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings, for example seed=1")]
-AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
-
-
-def print_result(value: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(value, indent=2, default=str) if as_json else text)
+from fairlead.cli_print import AsJson, Settings, print_result
 
 
 def generate(

@@ -85,12 +85,7 @@ def evaluate(
     Raises RunError for a run that is missing or unfinished, ModelError where the reference has another vocabulary,
     ConfigError where there is nothing to measure.
     """
-    clash = sorted(name for name in scores if name in RESERVED or name.startswith("reward/"))
-    if clash:
-        raise ConfigError(f"a score cannot bear the name of a metric: {', '.join(clash)}", hint="rename it")
-    for key, chosen in (("win_score", win_score), ("best_by", best_by)):
-        if chosen is not None and chosen not in scores:
-            raise ConfigError(f"{key}={chosen!r} is none of the scores", hint=suggest(chosen, scores))
+    _refuse_scores(scores, win_score=win_score, best_by=best_by)
     if best_of is not None and (best_of < 2 or reference is None or prompts is None or not scores):
         raise ConfigError(
             f"best_of={best_of} responses of the reference to prompts, by a score: one of these is missing",
@@ -137,6 +132,16 @@ def evaluate(
         )
         for run in opened
     }
+
+
+def _refuse_scores(scores: Mapping[str, ScoreSource], **chosen: str | None) -> None:
+    """Raises ConfigError for the name of a metric, and where a score is ``chosen`` that there is not."""
+    clash = sorted(name for name in scores if name in RESERVED or name.startswith("reward/"))
+    if clash:
+        raise ConfigError(f"a score cannot bear the name of a metric: {', '.join(clash)}", hint="rename it")
+    for key, name in chosen.items():
+        if name is not None and name not in scores:
+            raise ConfigError(f"{key}={name!r} is none of the scores", hint=suggest(name, scores))
 
 
 # --- opening -------------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def _try(section: QuantizeSection, device: torch.device) -> None:
     try:
         x = torch.ones(2, 64, device=device, requires_grad=True)
         layer.requires_grad_(False).to(device)(x).sum().backward()
+    # What a missing kernel, library or operator raises differs by device and by version of bitsandbytes.
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError) as error:
         raise ModelError(
             f"bitsandbytes cannot compute in {section.bits} bits on {device}: {str(error).splitlines()[0]}",

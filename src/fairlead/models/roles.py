@@ -105,13 +105,12 @@ class Models(nn.Module):
         if gradient_checkpointing:
             for network in {id(network): network for network, _ in self._of.values()}.values():
                 _recompute_activations(network)
-        self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._is_own_reference = "reference" in roles and not (self.is_peft or self.reference)
+        self.exchanged()
         if roles and not self.trainable:
             raise ModelError("no parameter is trainable", hint="check model.adapter, and what the given model froze")
-        self._trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         self.moving = self._moving() if "reference" in roles and reference == "moving" else {}
         """What of the reference follows the policy, by name: its weight, and the policy's."""
-        self._start = self._writes() if "reference" in roles and not (self.is_peft or self.reference) else None
         self.train()
 
     def _moving(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -183,7 +182,7 @@ class Models(nn.Module):
         """Run forward *and* backward inside: the adapter of ``role`` is active, all trainable parameters stay so."""
         if role not in self.roles:
             raise ModelError(f"this run has no role {role!r}; it has {', '.join(self.roles)}")
-        if role == "reference" and self._start not in (None, self._writes()):
+        if role == "reference" and self._is_own_reference and self._start != self._writes():
             raise ModelError("the policy has been trained and is no longer its own reference: Algorithm.reference")
         before, self._role = self._role, role
         self._activate(role)
@@ -195,11 +194,10 @@ class Models(nn.Module):
                 self._activate(before)
 
     def exchanged(self) -> None:
-        """Told when the parameters were exchanged for others with the same weights."""
+        """Told when parameters were built, or exchanged for others with the same weights."""
         self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self._trained = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
-        if self._start is not None:
-            self._start = self._writes()
+        self._start = self._writes()
 
     def _writes(self) -> int:
         """Grows whenever a trained weight is written to."""
