@@ -47,6 +47,7 @@ class RunResult:
 
     path: Path
     summary: dict[str, Any]
+    """As in summary.json; of several ranks the first one has it, the others nothing."""
     model: Any
     tokenizer: Any
 
@@ -239,8 +240,9 @@ def _train(
     finally:
         for observer in observers:
             observer.close()
-        summary = _summary(directory, algorithm, clock, status, ended)
+        summary: dict[str, Any] = {}
         if ranks.is_leader:
+            summary = _summary(directory, algorithm, clock, status, ended)
             with contextlib.suppress(*(() if status == "finished" else (RunError,))):  # what ended it weighs more
                 directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
