@@ -47,7 +47,6 @@ class RunResult:
 
     path: Path
     summary: dict[str, Any]
-    """As in summary.json; of several ranks the first one has it, the others nothing."""
     model: Any
     tokenizer: Any
 
@@ -240,9 +239,8 @@ def _train(
     finally:
         for observer in observers:
             observer.close()
-        summary: dict[str, Any] = {}
+        summary = _summary(directory, algorithm, clock, status, ended)
         if ranks.is_leader:
-            summary = _summary(directory, algorithm, clock, status, ended)
             with contextlib.suppress(*(() if status == "finished" else (RunError,))):  # what ended it weighs more
                 directory.write_json("summary.json", summary)
     return RunResult(directory.path, summary, models.network, models.tokenizer)
