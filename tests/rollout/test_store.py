@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairlead.data.render import Tree
 from fairlead.errors import CheckpointError
 from fairlead.rollout import store as store_module
+from fairlead.rollout.experience import Experience
 from fairlead.rollout.store import RolloutStore
 from fairlead.types import Prompt, Rollout
 
@@ -233,3 +235,13 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_checkpoint(tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
         RolloutStore(tmp_path / "file").save(0, tensors(), TEXTS)
+
+
+def test_what_was_measured_of_a_round_has_one_order_however_it_is_read() -> None:
+    tree = Tree((5, 6), ((7, 1), (8, 1)))
+    made = Experience([tree], {}, torch.tensor([0.5, 1.0]), torch.tensor([True, True]))
+    made.measured.update({"unique_1": 1.0, "finished": 0.5, "distinct_2": 0.25})
+    tensors = made.tensors()
+    ways = [Experience.from_tensors({name: tensors[name] for name in order}) for order in (tensors, [*tensors][::-1])]
+    assert list(ways[0].measured) == list(ways[1].measured)
+    assert ways[0].measured == made.measured

@@ -93,8 +93,8 @@ class Experience:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Experience:
-        def under(kind: str) -> dict[str, Tensor]:
-            return {name.removeprefix(kind): each for name, each in tensors.items() if name.startswith(kind)}
+        def under(kind: str) -> dict[str, Tensor]:  # in an order of its own, which safetensors has not
+            return {name.removeprefix(kind): tensors[name] for name in sorted(tensors) if name.startswith(kind)}
 
         prompt_lengths, lengths = tensors["prompt_lengths"].tolist(), tensors["response_lengths"].tolist()
         prompts = [tuple(ids.tolist()) for ids in tensors["prompt_ids"].split(prompt_lengths)]

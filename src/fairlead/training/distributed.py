@@ -46,7 +46,9 @@ def start(device: torch.device, timeout: float) -> Iterator[Ranks]:
     store, rank, size = _meet()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    group = Group(PrefixStore(f"fairlead/{next(_runs)}", store), rank, size, device=device, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart, addresses in it do not
+    prefix = f"fairlead/{attempt}/{next(_runs)}"
+    group = Group(PrefixStore(prefix, store), rank, size, device=device, timeout=timeout)
     try:
         yield group
     except BaseException as error:
@@ -79,8 +81,14 @@ class Group(Ranks):
         self._count = 0
         """Of what was exchanged; tells who has come here and who has not."""
         store.set(f"who/{rank}", f"process {os.getpid()} on {platform.node()}")
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        backend, wait = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        except RuntimeError as error:
+            raise RanksError(
+                f"rank {rank} of {size} could not meet the others: {str(error).splitlines()[0]}",
+                hint="see whether all were started, and whether their machines reach one another",
+            ) from error
 
     def close(self) -> None:
         with suppress(Exception):
