@@ -6,7 +6,7 @@ ARGS ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-head bench-quality bench-rollout bench-memory bench-gpu mutants prove parity peers chaos bench-checkpoint lint check clean
+.PHONY: help environment demo demo-seeds test fuzz slow bench-stack-exchange bench-sft bench-reward bench-dpo bench-ppo bench-rloo bench-raft bench-relatives bench-conformance bench-head bench-quality bench-rollout bench-memory bench-gpu mutants prove parity peers chaos bench-checkpoint lint check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ bench-raft: peers ## time RAFT beside generate and TRL's SFT (FAIRLEAD_DATA=fold
 
 bench-relatives: environment ## compare RAFT, PPO and forms of DPO on the demo's world (ARGS="--seeds 20")
 	.venv/bin/python -m benchmarks.relatives $(ARGS)
+
+bench-conformance: peers ## the tables of `fairlead prove`, and TRL on the same tasks (ARGS="--case rloo")
+	.venv/bin/python -m benchmarks.conformance $(ARGS)
 
 bench-head: peers ## time log-probabilities over a vocabulary beside TRL (ARGS="--sizes S")
 	.venv/bin/python benchmarks/head.py $(ARGS)

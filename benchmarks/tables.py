@@ -118,10 +118,44 @@ def interval(line: Result, side: str) -> str:
     return f"{line[side]:.3f} [{line[f'{side}_low']:.3f}, {line[f'{side}_high']:.3f}]"
 
 
+def convergence(result: Result) -> str:
+    """How far from its optimum each case ends, ours and TRL's."""
+    theirs = {row["case"]: row for row in result["peer"]}
+    titles = ("case", "algorithm", "task", "reaches", "measure", "bound", "steps", "Fairlead", "TRL")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in result["convergence"]:
+        own, other = (_distance(each) for each in (row, theirs.get(row["case"])))
+        told = (row["case"], row["algorithm"], row["task"], row["reaches"], row["measure"], f"{row['bound']:.0e}")
+        lines.append(f"| {' | '.join(told)} | {row['steps']} | {own} | {other} |")
+    return "\n".join(lines)
+
+
+def _distance(row: Result | None) -> str:
+    return "" if row is None else f"{row['distance']:.1e}" + ("" if row["pass"] else ", **fails**")
+
+
+def bias(result: Result) -> str:
+    lines = ["| case | estimator | known to be | relative bias [99.9 %] |", "|---" * 4 + "|"]
+    for row in result["bias"]:
+        ends = f"{row['bias']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        lines.append(f"| {row['case']} | {row['estimator']} | {row['known']} | {ends} |")
+    return "\n".join(lines)
+
+
+def invariance(result: Result) -> str:
+    lines = ["| step of | layouts | float64 | float32 |", "|---" * 4 + "|"]
+    lines += [
+        f"| {r['case']} | {r['layouts']} | {r['float64']:.1e} | {r['float32']:.1e} |" for r in result["invariance"]
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {
     "quality": (quality,),
     "hh-raft": (hh_raft, hh_exploit),
     "imdb-sentiment": (imdb,),
+    "conformance": (convergence, bias, invariance),
+    "relatives": (relatives, relatives_by_seed),
 }
 """By the name of the result: the tables that its page shows."""
 

@@ -43,7 +43,9 @@ def main() -> None:
         values = long_text(tokenizer.batch_decode(responses, skip_special_tokens=True))
         best = [max(range(at, at + samples), key=values.__getitem__) for at in range(0, len(values), samples)]
         scored = time.perf_counter()
+        draws = torch.get_rng_state()
         learn(model, tokenizer, [(prompts[i], responses[i]) for i in best], job)
+        torch.set_rng_state(draws)  # which a new trainer seeds anew: every round would draw what the last one drew
         seconds.append(time.perf_counter() - began)
         phases.append({"sampling": sampled - start, "scoring": scored - sampled})
         scores.append(sum(values) / len(values))

@@ -11,6 +11,8 @@ PAGES = {
     "quality": DOCS / "concepts" / "reward-accuracy.md",
     "hh-raft": DOCS / "concepts" / "raft-on-hh.md",
     "imdb-sentiment": DOCS / "concepts" / "imdb-sentiment.md",
+    "conformance": DOCS / "concepts" / "proof.md",
+    "relatives": DOCS / "concepts" / "raft-ppo-dpo.md",
 }
 
 

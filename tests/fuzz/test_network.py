@@ -31,12 +31,13 @@ from fairlead.demo.site import write_dump
 folder = Path(sys.argv[1])
 write_dump(folder / "site", seed=0, num_questions=150)
 small = ["stages.pretrain.model.scratch.hidden_size=16", "stages.pretrain.model.scratch.num_heads=2"]
-for name in ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "ppo_no_kl"):
+for name in ("pretrain", "sft", "reward", "dpo", "kto", "raft", "ppo", "ppo_no_kl"):
     small += [f"stages.{name}.train.steps=2", f"stages.{name}.train.eval_every=2"]
 for name in ("sft", "reward", "dpo", "kto"):
     small += [f"stages.{name}.{key}" for key in ("train.batch_size=4", "data.limit=40", "data.eval_fraction=0.2")]
-for name in ("ppo", "ppo_no_kl"):
-    small += [f"stages.{name}.ppo.{key}" for key in ("rollout_size=4", "max_new_tokens=8", "num_eval_prompts=2")]
+for name, algorithm in {"ppo": "ppo", "ppo_no_kl": "ppo", "raft": "raft"}.items():
+    online = ("rollout_size=4", "max_new_tokens=8", "num_eval_prompts=2")
+    small += [f"stages.{name}.{algorithm}.{key}" for key in online]
 small += [f"stages.evaluation.{key}" for key in ("num_prompts=4", "max_new_tokens=8", "draws=1")]
 sys.argv = ["fairlead", "pipeline", "demo", f"data.path={folder / 'site'}", "name=small", f"directory={folder}", *small]
 main()

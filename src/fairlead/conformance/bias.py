@@ -19,7 +19,7 @@ from torch import Tensor
 from fairlead.conformance.case import prompts
 from fairlead.conformance.staged import Staged, staged
 from fairlead.conformance.tasks import Task
-from fairlead.ops.kl import k1
+from fairlead.ops.kl import k1, k2, k3
 from fairlead.ops.masked import masked_sum
 from fairlead.types import Outputs, Pass, RolloutBatch
 
@@ -45,6 +45,7 @@ class Estimator:
     """False: the reward is zero, so that the KL alone is descended."""
     plain: Callable[[Tensor, Tensor], Tensor] | None = None
     """An estimator of the KL put into the loss as it stands, which no setting does."""
+    rounds: int = ROUNDS
 
 
 def _whole(**more: Any) -> dict[str, Any]:
@@ -55,18 +56,35 @@ def _grpo(**more: Any) -> dict[str, Any]:
     return _whole(**{"scale": "none", **more})
 
 
+def _ppo() -> dict[str, Any]:
+    return _whole(gae_lambda=1.0, whiten_advantages=False, value={"trunk": "model"})
+
+
+DEEPER = "the same; two tokens"
+OWN = "mean of the group, a response's own reward in it: (K - 1) / K"
+
 ESTIMATORS: dict[str, Estimator] = {
     each.name: each
     for each in (
         Estimator("rloo", "rloo", TREE, _whole(), "leave-one-out baseline, k1 in the reward"),
+        Estimator("ppo", "ppo", TREE, _ppo(), "learned baseline, GAE with lambda 1, k1 in the reward"),
+        Estimator("grpo-whole-kl", "grpo", ONE, _grpo(), "k3 in the loss, weighted; one token", rewarded=False),
+        Estimator("k2-plain", "grpo", ONE, _grpo(), "k2 as a loss", rewarded=False, plain=k2),
+        Estimator("grpo-tree-kl", "grpo", TREE, _grpo(), DEEPER, unbiased=False, rewarded=False, rounds=72),
+        Estimator("grpo-mean", "grpo", TREE, _grpo(kl_in="reward", kl_estimator="k1"), OWN, unbiased=False),
+        Estimator(
+            "grpo-std", "grpo", TREE, _grpo(scale="group", kl_coef=0.0), "divided by the group's std", unbiased=False
+        ),
         Estimator("k1-plain", "grpo", ONE, _grpo(), "k1 as a loss", unbiased=False, rewarded=False, plain=k1),
+        Estimator("k3-plain", "grpo", ONE, _grpo(), "k3 as a loss", unbiased=False, rewarded=False, plain=k3),
     )
 }
 
 
-def bias(name: str, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+def bias(name: str, folder: Path, rounds: int | None = None) -> dict[str, Any]:
     """A row: the relative bias along the exact gradient, with its interval."""
     each = ESTIMATORS[name]
+    rounds = rounds or each.rounds
     run = _staged(each, folder, rounds)
     exact = _exact(each, run) / len(each.task.prompts)
     inverse = torch.linalg.pinv(exact.T)

@@ -35,6 +35,8 @@ class Case:
     bound: float
     reaches: str
     """The fixed point in words."""
+    reward: Callable[..., list[float]] | None = None
+    """What the trainer is given to optimise."""
 
 
 def prompts(task: Task, copies: int = 1) -> Rows:

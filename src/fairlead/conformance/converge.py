@@ -34,7 +34,7 @@ def converge(case: Case, folder: Path) -> dict[str, Any]:
         **case.settings,
     }
     began = time.process_time()
-    result = train({"algorithm": case.algorithm}, given, data=case.rows)
+    result = train({"algorithm": case.algorithm}, given, data=case.rows, reward=case.reward)
     seconds = time.process_time() - began
     return row(case, folder, result.path / "model") | {"steps": result.summary["steps"], "seconds": round(seconds, 1)}
 

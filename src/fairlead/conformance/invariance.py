@@ -4,16 +4,18 @@ source's; every layout is compared with one packed micro-batch."""
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairlead.conformance.case import Rows
+from fairlead.conformance.case import Rows, prompts
 from fairlead.conformance.pairs import PAIRS, pair_rows
+from fairlead.conformance.policies import TREE
 from fairlead.conformance.staged import staged
 from fairlead.conformance.tasks import Task
 
@@ -34,13 +36,33 @@ class Layouts:
     settings: Mapping[str, Any]
     task: Task
     rows: Rows
+    rewarded: bool = False
+    mixed: Rows = field(default_factory=list)
+    """Text learned beside the rows."""
+
+
+PAIRED = {"train.batch_size": 64}
+ROUND = {"max_new_tokens": TREE.length, "rollout_size": "all", "rollout_rows": 64, "num_samples": 4, "kl_coef": 0.1}
+
+
+def _online(name: str, algorithm: str, **more: Any) -> Layouts:
+    settings = {f"{algorithm}.{key}": value for key, value in ROUND.items()}
+    return Layouts(name, algorithm, {"train.batch_size": 12, **settings}, TREE, prompts(TREE, 4), rewarded=True, **more)
 
 
 ALL: dict[str, Layouts] = {
     each.name: each
     for each in (
-        Layouts("dpo", "dpo", {"train.batch_size": 64}, PAIRS, pair_rows()[::3]),
-        Layouts("kto", "kto", {"train.batch_size": 64}, PAIRS, pair_rows("labels")[::5]),
+        Layouts("sft", "sft", PAIRED, PAIRS, pair_rows("demonstrations")[::6]),
+        Layouts("dpo", "dpo", PAIRED, PAIRS, pair_rows()[::6]),
+        Layouts("dpo-sft", "dpo", {**PAIRED, "dpo.loss": {"sigmoid": 1.0, "sft": 0.5}}, PAIRS, pair_rows()[::6]),
+        Layouts("dpo-aot", "dpo", {**PAIRED, "dpo.loss": "aot"}, PAIRS, pair_rows()[::6]),
+        Layouts("kto", "kto", PAIRED, PAIRS, pair_rows("labels")[::9]),
+        Layouts("bco", "bco", PAIRED, PAIRS, pair_rows("labels")[::9]),
+        Layouts("reward", "reward", PAIRED, PAIRS, pair_rows()[::6]),
+        _online("rloo", "rloo"),
+        _online("ppo", "ppo"),
+        _online("ppo-ptx", "ppo", mixed=[{"text": text} for text in TREE.texts if text]),
     )
 }
 
@@ -63,7 +85,11 @@ def _largest(each: Layouts, folder: Path, dtype: torch.dtype) -> float:
     wanted: dict[str, Tensor] | None = None
     largest = 0.0
     for layout in LAYOUTS:
-        one = staged(each.task, each.algorithm, {**each.settings, **layout}, each.rows, folder, dtype=dtype)
+        settings, reward = (
+            {**each.settings, **layout, **_text(each, folder)},
+            each.task.reward if each.rewarded else None,
+        )
+        one = staged(each.task, each.algorithm, settings, each.rows, folder, dtype=dtype, reward=reward)
         step = next(one.steps())
         one.move()
         found = one.gradients(step)
@@ -72,6 +98,15 @@ def _largest(each: Layouts, folder: Path, dtype: torch.dtype) -> float:
         else:
             largest = max(largest, apart(found, wanted))
     return largest
+
+
+def _text(each: Layouts, folder: Path) -> dict[str, Any]:
+    """The settings of what is mixed in, written to a file."""
+    if not each.mixed:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, each.mixed)), "utf-8")
+    return {f"{each.algorithm}.mixed": {"path": str(folder / "text.jsonl"), "coef": 0.5, "batch_size": 8}}
 
 
 def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

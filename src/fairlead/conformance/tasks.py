@@ -33,6 +33,8 @@ class Task:
     levels: tuple[float, ...] = ()
     """The rewards there are; none: they are drawn from a normal distribution."""
     seed: int = 0
+    layers: int = 1
+    """Of its model: one sees which words stand before a token, two also where they stand."""
 
     @cached_property
     def responses(self) -> list[tuple[int, ...]]:
@@ -111,7 +113,7 @@ class Task:
             family,
             vocab_size=len(self.words) + 1,
             hidden_size=32,
-            num_hidden_layers=1,
+            num_hidden_layers=self.layers,
             num_attention_heads=2,
             max_position_embeddings=2 * self.max_length,
             tie_word_embeddings=False,

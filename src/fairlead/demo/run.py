@@ -13,7 +13,8 @@ from fairlead.demo.site import write_dump
 from fairlead.errors import RunError
 
 NUM_QUESTIONS = 8000
-MODELS = ("sft", "ppo", "dpo", "kto", "ppo_no_kl")
+BEST = "best_of_4"
+MODELS = ("sft", BEST, "ppo", "dpo", "kto", "raft", "ppo_no_kl")
 METRICS = ("gold", "score", "kl", "length", "distinct_2", "win_rate")
 
 
@@ -23,8 +24,8 @@ def run_demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
     print(
         "The whole chain, offline: a question-and-answer site of an invented world is written, a small model learns\n"
-        "to answer on it, and PPO, DPO and KTO align it to the site's votes. The world knows the true quality (gold)\n"
-        "of any answer; training sees votes only.",
+        "to answer on it, and PPO, DPO, KTO and RAFT align it to the site's votes. The world knows the true quality\n"
+        "(gold) of any answer; training sees votes only.",
         file=sys.stderr,
     )
     dump = out.parent / f"{out.name}-site"
@@ -45,9 +46,8 @@ def check(summary: dict[str, Any]) -> None:
             if model == "sft" and name in ("kl", "win_rate"):
                 continue
             found = metrics.get(name, {})
-            if not all(
-                isinstance(v := found.get(k), (int, float)) and math.isfinite(v) for k in ("mean", "low", "high")
-            ):
+            wanted = ("mean",) if (model, name) == (BEST, "kl") else ("mean", "low", "high")  # computed, not measured
+            if not all(isinstance(v := found.get(k), (int, float)) and math.isfinite(v) for k in wanted):
                 raise RunError(f"the demo's summary lacks models.{model}.metrics.{name} with its interval: {found}")
 
 
@@ -85,7 +85,7 @@ def run_seeds(out: Path, *, seeds: Sequence[int]) -> dict[str, Any]:
         prompts: list[str] = []
         by_seed: list[float] = []
         for seed in seeds:
-            before, after = (_gold(out / f"seed-{seed}" / name) for name in ("sft", model))
+            before, after = (_gold(_responses(out / f"seed-{seed}", name)) for name in ("sft", model))
             mine = [after[prompt] - before[prompt] for prompt in before]
             gains += mine
             prompts += [f"{seed} {prompt}" for prompt in before]
@@ -102,10 +102,19 @@ def run_seeds(out: Path, *, seeds: Sequence[int]) -> dict[str, Any]:
     return result
 
 
-def _gold(run: Path) -> dict[str, float]:
+def _responses(folder: Path, model: str) -> Path:
+    """Where a model's responses to held-out prompts are; the best of several stand beside their policy's own."""
+    return (
+        folder / "sft" / "evaluation" / f"{BEST}.jsonl"
+        if model == BEST
+        else (folder / model / "evaluation" / "responses.jsonl")
+    )
+
+
+def _gold(responses: Path) -> dict[str, float]:
     """Mean gold of each prompt's draws."""
     sums: dict[str, list[float]] = {}
-    for line in (run / "evaluation" / "responses.jsonl").read_text("utf-8").split("\n"):
+    for line in responses.read_text("utf-8").split("\n"):
         if line:
             row = json.loads(line)
             sums.setdefault(row["prompt"], []).append(row["scores"]["gold"])

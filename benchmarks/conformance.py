@@ -1,0 +1,120 @@
+"""`fairlead prove` and TRL on the same tasks, as benchmarks/results/conformance.json.
+
+    make bench-conformance
+    make bench-conformance ARGS="--case dpo-sigmoid --case rloo"
+
+TRL's trainers get the same start, rows, steps, rate and clipping of gradients, and whole batches; what they saved is
+measured as what ours saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pipelines import RESULTS, ROOT, Row, about, write_result
+
+PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
+DPO = {
+    "dpo-sigmoid": {},
+    "dpo-sigmoid-smoothed": {"label_smoothing": 0.05},
+    "dpo-robust": {"label_smoothing": 0.05},
+    "dpo-ipo": {},
+    "dpo-hinge": {},
+    "dpo-exo": {"label_smoothing": 0.05},
+    "dpo-nca": {},
+    "dpo-bco": {},
+    "dpo-sppo": {},
+    "dpo-discopop": {"discopop_tau": 1.0},
+}
+NAMES = {"exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard"}
+"""TRL's, where they are others."""
+ROUND = {"num_generations": 8, "max_completion_length": 2, "top_k": 0, "shuffle_dataset": False, "beta": 0.5}
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", {}),
+    "reward-pairs": ("reward", {}),
+    "cpo": ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.0, "beta": 0.5}),
+    "simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5}),
+    "orpo": ("orpo", {"beta": 0.5}),
+    "rloo": ("rloo", ROUND),
+    "grpo": ("grpo", {**ROUND, "loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": True}),
+}
+"""Cases of ours: TRL's trainer and its settings, beside those of DPO."""
+
+
+def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
+    found = dict(JOBS)
+    for case, more in DPO.items():
+        loss = case.split("-")[1]
+        found[case] = ("dpo", {"loss_type": [NAMES.get(loss, loss)], "beta": 1.0 if loss == "bco" else 0.5, **more})
+    return found
+
+
+def peer(name: str, trainer: str, arguments: Mapping[str, Any], folder: Path) -> Row:
+    """A row of TRL's, measured as ours are."""
+    from fairlead.conformance.cases import CASES
+    from fairlead.conformance.converge import COMMON, row
+    from fairlead.runner import resolve
+
+    case = CASES[name]
+    folder.mkdir(parents=True)
+    start = case.task.save(folder / "start")
+    recipe = resolve({"algorithm": case.algorithm}, {**COMMON, **case.settings}).recipe
+    job = {
+        "trainer": trainer,
+        "model": str(start),
+        "rows": case.rows,
+        "rewards": {
+            prompt: dict(zip(case.task.texts, rewards.tolist(), strict=True))
+            for prompt, rewards in zip(case.task.prompts, case.task.rewards, strict=True)
+        },
+        "steps": recipe.train.steps,
+        "learning_rate": recipe.optim.learning_rate,
+        "max_grad_norm": recipe.optim.max_grad_norm,
+        "arguments": arguments,
+        "out": str(folder / "trained"),
+    }
+    (folder / "job.json").write_text(json.dumps(job), "utf-8")
+    command = [str(PYTHON), str(ROOT / "benchmarks" / "peers" / "conformance.py"), str(folder / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise SystemExit(f"{name}: TRL's side failed\n{done.stderr[-3000:]}")
+    found = row(case, folder, folder / "trained") | {"steps": recipe.train.steps}
+    print(f"{name}: {found['distance']:.1e} of {found['bound']:.0e}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help="of TRL's, and nothing is written; may be repeated")
+    given = parser.parse_args()
+    if not PYTHON.exists():
+        raise SystemExit(f"{PYTHON} is missing: make peers")
+    chosen = {name: job for name, job in jobs().items() if name in (given.case or jobs())}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(peer, name, *job, Path(scratch) / name) for name, job in chosen.items()]
+        rows = [each.result() for each in running]
+    if given.case:
+        return
+    from fairlead.conformance.prove import prove
+
+    ours = prove()
+    trl = subprocess.run(
+        [PYTHON, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True, check=True
+    )
+    result = about("make bench-conformance", "two cases at a time, one thread each")
+    result["versions"]["trl"] = trl.stdout.strip()
+    write_result(
+        result | {**ours, "versions": ours["versions"] | result["versions"], "peer": rows}, RESULTS / "conformance.json"
+    )
+
+
+if __name__ == "__main__":
+    main()
