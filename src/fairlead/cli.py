@@ -174,6 +174,31 @@ def pipeline(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="a recipe file or the name of a shipped recipe")],
+    space: Annotated[Path, typer.Argument(help="a YAML file: the metric, and which keys take what values")],
+    settings: Settings = None,
+    jobs: Annotated[int, typer.Option(min=1, help="trials that run side by side")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder of the sweep; NAME-sweep beside the recipe's runs")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the space, print the plan and stop")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search settings of a recipe, a run a trial; the same command continues, and shares trials with others."""
+    from fairlead.sweep import make_plan, plan_text, print_sweep
+    from fairlead.sweep import sweep as run
+
+    if dry_run:
+        plan = make_plan(recipe, space, settings or [], out).as_dict()
+        _print(plan, as_json, plan_text(plan))
+        return
+    result = run(recipe, space, settings or [], jobs=jobs, out=out)
+    if as_json:
+        _print(result, True, "")
+    else:
+        print_sweep(result)
+
+
+@app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="finished runs")],
     prompts: Annotated[str | None, typer.Option(help="prompts: a file or a prepared folder")] = None,

@@ -58,7 +58,7 @@ def load_recipe(
     merged = _copy(raw)
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [parse_override(o) for o in overrides]
     for key, value in pairs:
-        _set(merged, key, value)
+        set_value(merged, key, value)
 
     given = {key for key, _ in _flatten(raw)} & {key for key, _ in _flatten(merged)}
     overridden = {key for pair_key, value in pairs for key, _ in _flatten_one(pair_key, value)}
@@ -67,9 +67,7 @@ def load_recipe(
         if any(name == key or name.startswith(f"{key}.") for name in overridden):
             return "command line"
         if any(name == key or name.startswith(f"{key}.") for name in given):
-            parts = key.split(".")
-            line = next((lines[k] for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in lines), None)
-            return place if line is None else f"{place}:{line}"
+            return located(key, place, lines)
         return "default"
 
     if not isinstance(merged.get("algorithm"), str):
@@ -77,9 +75,9 @@ def load_recipe(
     section, settings_class = settings_of(merged["algorithm"])
     own = merged.pop(section, None)
     problems: list[str] = []
-    settings = _validate(settings_class, {} if own is None else own, f"{section}.", origin, problems)
+    settings = validate(settings_class, {} if own is None else own, f"{section}.", origin, problems)
     top_level = [*(name for name in Recipe.model_fields if name != "settings"), section]
-    recipe = _validate(Recipe, merged, "", origin, problems, top_level)
+    recipe = validate(Recipe, merged, "", origin, problems, top_level)
     if problems or recipe is None or settings is None:
         raise ConfigError("\n".join(problems))
     recipe = recipe.model_copy(update={"settings": settings})
@@ -88,7 +86,14 @@ def load_recipe(
     return ResolvedRecipe(recipe, section, origins, tuple(_without_effect(recipe, origins)))
 
 
-def _validate(
+def located(key: str, place: str, lines: Mapping[str, int]) -> str:
+    """FILE:LINE of a dotted key, or of the section it stands in."""
+    parts = key.split(".")
+    line = next((lines[k] for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in lines), None)
+    return place if line is None else f"{place}:{line}"
+
+
+def validate(
     model: type[BaseModel],
     raw: Any,
     prefix: str,
@@ -96,6 +101,7 @@ def _validate(
     problems: list[str],
     top_level: Sequence[str] | None = None,
 ) -> Any:
+    """The settings as ``model``; none where they are wrong, which is then told in ``problems``, key by key."""
     if top_level is not None and "settings" in raw:
         problems.append("settings: not a key of the file; write the algorithm's settings under its own name")
         return None
@@ -159,7 +165,8 @@ def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in cast(dict[str, Any], value).items()} if isinstance(value, dict) else value
 
 
-def _set(target: dict[str, Any], dotted: str, value: Any) -> None:
+def set_value(target: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key in nested settings. Raises ConfigError where a section of it is a value."""
     *parents, last = dotted.split(".")
     for parent in parents:
         child = target.get(parent)

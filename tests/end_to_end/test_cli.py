@@ -28,6 +28,7 @@ VERBS = {
     "prepare",
     "inspect",
     "pipeline",
+    "sweep",
     "evaluate",
     "generate",
     "select",
@@ -83,9 +84,9 @@ def test_the_help_of_each_verb_names_its_options(fairlead_command: Command) -> N
     for verb in VERBS:
         text, _ = fairlead_command(verb, "--help")
         assert ("--out" in text) == (
-            verb in ("prepare", "generate", "score", "select", "merge", "import", "report", "demo", "prove")
+            verb in ("prepare", "generate", "score", "select", "merge", "import", "report", "demo", "prove", "sweep")
         )
-        assert ("--dry-run" in text) == (verb in ("train", "pipeline"))
+        assert ("--dry-run" in text) == (verb in ("train", "pipeline", "sweep"))
         assert ("--json" in text) == (verb != "report")
 
 

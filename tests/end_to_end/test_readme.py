@@ -135,7 +135,7 @@ def test_a_command_in_a_code_block_parses_with_known_settings(
         return
     verb, given = verb_and_parameters(words)
     monkeypatch.chdir(ROOT)
-    if verb == "train" and not (given["recipe"].endswith(".yaml") and not Path(given["recipe"]).is_file()):
+    if verb in ("train", "sweep") and not (given["recipe"].endswith(".yaml") and not Path(given["recipe"]).is_file()):
         resolve(given["recipe"], given["settings"] or [])
     if verb == "prepare" and given["kind"]:
         settings = [word for word in [given["source"], *(given["settings"] or [])] if word and "=" in word]

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fairlead.report.charts import Series, curves, panels, running_mean, thin
+from fairlead.report.charts import Series, curves, panels, running_mean, scatter, thin
 
 
 def test_thinning_keeps_both_ends_and_a_spike():
@@ -75,3 +75,19 @@ def test_thinning_keeps_a_gap():
     y[1000:2000] = math.nan
     _, thin_y = thin(np.arange(4000.0), y, 40)
     assert np.isnan(thin_y).any()
+
+
+def test_a_scatter_marks_the_best_names_its_places_and_can_be_logarithmic():
+    x, values = [0.0, 1.0, 1.0], [11.0, 13.0, 12.0]
+    given = {"label": "<b>", "key": "a", "ticks": ["adamw", "lion"], "line": [11.0, 13.0, 13.0]}
+    svg = scatter(x, values, best=1, **given)
+    assert svg == scatter(x, values, best=1, **given) != scatter(x, values, best=2, **given)
+    assert "&lt;b&gt;" in svg and "<b>" not in svg and "var(--good)" in svg
+    assert {"adamw", "lion"} <= _ticks(svg).keys()
+    places = _ticks(scatter([1e-5, 1e-3, 1e-1], values, best=1, label="rate", key="a", is_log=True))
+    assert places["0.001"] == pytest.approx((places["1e\u22125"] + places["0.1"]) / 2, abs=0.02)
+
+
+def _ticks(svg: str) -> dict[str, float]:
+    """The texts of a drawing, each with its place from left to right."""
+    return {text: float(x) for x, text in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>([^<]*)<', svg)}

@@ -48,7 +48,7 @@ def trees(renderer: Renderer, records: Sequence[Record], *, workers: int = 1, ca
     found = None if path is None else _read(path)
     if found is not None:
         return found
-    made = _merged(_in_processes(renderer, records, workers or _cores()))
+    made = _merged(_in_processes(renderer, records, workers or cores()))
     renderer.refuse_none(made[0], made[2])
     if path is not None:
         with suppress(*[] if cache else [DataError]):
@@ -122,7 +122,8 @@ def _merged(parts: Iterable[Rendered]) -> Rendered:
     return made, kept, counts
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

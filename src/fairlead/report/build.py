@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from fairlead.errors import RunError
 from fairlead.report import views, words
-from fairlead.report.numbers import duration, interval, number, signed
-from fairlead.report.read import Run, as_text, compare, read_runs
+from fairlead.report.page import render, write
+from fairlead.report.read import Run, compare, read_runs
 from fairlead.report.reward import reward_view
 
 
@@ -27,18 +23,8 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str | None = None, b
     `before` is none of the runs.
     """
     found = read_runs(runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "interval": interval,
-        "duration": duration,
-        "setting": views.setting,
-        "plain": as_text,
-    }
-    template = resources.files("fairlead.report").joinpath("template.html").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(_page(found, title or _title(runs, found), before))
-    return _write(Path(out), page)
+    page = render("fairlead.report", "template.html", _page(found, title or _title(runs, found), before))
+    return write(Path(out), page)
 
 
 def _page(runs: list[Run], title: str, before: str | None) -> dict[str, Any]:
@@ -108,19 +94,3 @@ def _leader(runs: list[Run], reference: Run | None) -> tuple[Run, str] | None:
             if having := [run for run in candidates if metric in run.estimates]:
                 return max(having, key=lambda run: sign * run.estimates[metric].mean), metric
     return None
-
-
-def _write(out: Path, page: str) -> Path:
-    """Whole or not at all: a reader never sees half a page."""
-    path = out / "report.html" if out.is_dir() else out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(page.encode("utf-8", errors="replace"))  # half a surrogate pair is possible
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

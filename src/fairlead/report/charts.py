@@ -215,6 +215,39 @@ def waterfall(changes: Sequence[float], *, key: str) -> Markup:
         return _svg(figure)
 
 
+def scatter(
+    x: Sequence[float],
+    values: Sequence[float],
+    *,
+    best: int,
+    label: str,
+    key: str,
+    ticks: Sequence[str] = (),
+    line: Sequence[float] = (),
+    is_log: bool = False,
+) -> Markup:
+    """A dot for each value, that of index `best` marked. `ticks` name the places 0, 1 ... of x; `line` goes over the
+    same x."""
+    with _style(key):
+        figure, axes = _axes(4.2, 2.4)
+        if line:
+            axes.plot(x, line, color=_MUTED, linewidth=0.8, drawstyle="steps-post")
+        axes.plot(x, values, color=_SERIES[0], linestyle="", marker="o", alpha=0.75)
+        axes.plot([x[best]], [values[best]], color=_GOOD, marker="o", markersize=7)
+        _scale(axes, values)
+        _linear(axes.xaxis, 5)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), [_short(tick) for tick in ticks])
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        elif is_log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(x) > 100 * min(x) else (1, 2, 5), numticks=5))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(compact))
+        axes.set_xlabel(label)
+        return _svg(figure)
+
+
 def reliability(points: Sequence[tuple[float, Estimate]], *, label: str, key: str) -> Markup:
     """(confidence, share that is right) of each bin, the larger the dot the more pairs; dashed: perfect calibration."""
     with _style(key):

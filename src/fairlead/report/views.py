@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from fairlead.report import charts
 from fairlead.report.charts import Series
 from fairlead.report.numbers import number, places_for, signed
+from fairlead.report.page import setting
 from fairlead.report.read import Comparison, Row, Run, as_mapping, as_text, finite, parse_estimates, score_names
 
 HIGHER_IS_BETTER = ("gold", "score", "win_rate", "accuracy")
@@ -19,11 +19,6 @@ _MAX_SAMPLES = 12
 _MAX_RANKED = 24
 _CHANGES_OF_A_KIND = 4
 _WORTH_A_REMARK = 0.1  # share of gold's whole range that it must have lost again
-
-
-def setting(value: object) -> str:
-    """A setting exactly as it was set."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def columns(runs: list[Run]) -> list[Row]:
