@@ -112,6 +112,7 @@ def collecting(stage: Stage, *, sampler: Sampler | None = None, **more: Any) -> 
         rows=settings.rollout_rows,
         budget=lambda: stage.budget.tokens,
         ranks=stage.ranks,
+        own_sampler=sampler is None and settings.engine == "native" and stage.models.full_precision,
         **more,
     )
     return [prompt for prompt, _ in prompts], collector

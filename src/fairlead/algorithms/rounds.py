@@ -235,11 +235,11 @@ def measured(experience: Experience) -> dict[str, float]:
     }
     if "behaviour_logprobs" not in tokens:
         return told
-    pairs = zip(tokens["sampled_logprobs"], tokens["behaviour_logprobs"], strict=True)
-    differences = torch.cat([(ours - theirs).abs() for ours, theirs in pairs])
-    differences = differences[~differences.isnan()]  # of texts that were cleaned
+    pairs = zip(tokens["sampled_logprobs"], tokens.get("trainer_logprobs", tokens["behaviour_logprobs"]), strict=True)
+    differences = torch.cat([(sampler - trainer).abs() for sampler, trainer in pairs])
+    differences = differences[~differences.isnan()]  # of texts that were cleaned, or not measured twice
     return told | {
         "rollout/sampler_difference": float(differences.max()) if len(differences) else 0.0,
         "rollout/sampler_difference_mean": float(differences.mean()) if len(differences) else 0.0,
-        "policy/entropy": float(torch.cat(tokens["entropy"]).mean()),
+        "policy/entropy": float(torch.cat(tokens["entropy"]).nanmean()),
     }

@@ -157,6 +157,11 @@ class Models(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def full_precision(self) -> bool:
+        """A forward gives the same however its rows are laid out, up to rounding in fp32."""
+        return self._autocast is None and self.quantize is None and self.causal.dtype in (torch.float32, torch.float64)
+
     def parameter_counts(self) -> dict[str, Any]:
         """Total and trainable parameters, heads counted in and named apart."""
         networks = [self.heads, self.network, *([] if self.value is None else [self.value])]

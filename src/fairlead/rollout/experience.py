@@ -27,6 +27,10 @@ from fairlead.rollout.texts import variety
 from fairlead.types import Prompt, Ranks, Reward, Rollout, Sampler, Sampling, Scores, Support
 
 
+CHECKED = 8
+"""Where the sampler's log-probabilities stand for the trainer's, of one prompt in so many both are measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Experience:
     """Responses of one round, those to one prompt side by side. ``tokens`` holds for each name one tensor [length] a
@@ -165,6 +169,8 @@ class Collector:
     """Also measure the KL to the reference over the whole distribution, not at the sampled token alone."""
     logprobs: bool = True
     """Measure log-probabilities and values; else texts and scores are all that is wanted."""
+    own_sampler: bool = False
+    """The sampler is the policy itself in full precision: its log-probabilities are the trainer's up to rounding."""
     screen: Screen | None = None
     """Cleans responses, and says which are discarded; those are not scored."""
     watch: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
@@ -252,7 +258,7 @@ class Collector:
         self.seconds[phase] = time.monotonic() - started
 
     def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Experience:
-        """Log-probabilities of policy and reference, entropy and values, one forward a trunk."""
+        """Log-probabilities of policy and reference, entropy and values, one forward a trunk at most."""
         trees, support = trees_of(rollouts, self.num_samples), drawn_from(rollouts)
         experience = Experience(
             trees,
@@ -264,19 +270,45 @@ class Collector:
         )
         if not self.logprobs:
             return experience
+        tokens = experience.tokens
         if scores.tokens is not None:
-            experience.tokens["dense"] = [torch.tensor(each, dtype=torch.float32) for each in scores.tokens]
-        measured = measure_tokens(
+            tokens["dense"] = [torch.tensor(each, dtype=torch.float32) for each in scores.tokens]
+        known = self.own_sampler and not any(row.isnan().any() for row in tokens["sampled_logprobs"])  # else cleaned
+        form: dict[str, Any] = {"temperature": self.sampling.temperature, "budget": self.budget()}
+        tokens |= measure_tokens(
             self.models,
             trees,
-            temperature=self.sampling.temperature,
-            budget=self.budget(),
+            **form,
             support_of=experience.support_of,
-            entropy=True,
+            policy=not known,
+            entropy=not known,
             whole_kl=self.whole_kl,
         )
-        experience.tokens.update(measured)
+        if known:
+            tokens["behaviour_logprobs"] = tokens["sampled_logprobs"]
+            tokens |= self._checked(experience, form)
+        elif self.own_sampler:
+            tokens["trainer_logprobs"] = tokens["behaviour_logprobs"]
         return experience
+
+    def _checked(self, experience: Experience, form: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """The trainer's log-probabilities and the entropy of some responses, nan of the others."""
+        number = experience.num_samples
+        chosen = [at * number + k for at in range(0, len(experience.trees), CHECKED) for k in range(number)]
+        measured = measure_tokens(
+            self.models,
+            experience.trees[::CHECKED],
+            **form,
+            support_of=lambda asked: experience.support_of([chosen[i] for i in asked]),
+            others=(),
+            entropy=True,
+        )
+        found: dict[str, list[Tensor]] = {}
+        for name, of in (("trainer_logprobs", "behaviour_logprobs"), ("entropy", "entropy")):
+            found[name] = [torch.full((length,), math.nan) for length in experience.lengths]
+            for at, row in zip(chosen, measured[of], strict=True):
+                found[name][at] = row
+        return found
 
 
 def trees_of(rollouts: Sequence[Rollout], num_samples: int) -> list[Tree]:
@@ -320,14 +352,15 @@ def measure_tokens(
     temperature: float,
     budget: int,
     support_of: Callable[[Sequence[int]], Support | None] = lambda _: None,
+    policy: bool = True,
     others: Sequence[str] = ("value", "reference"),
     entropy: bool = False,
     whole_kl: bool = False,
 ) -> dict[str, list[Tensor]]:
-    """``behaviour_logprobs``, of the ``others`` that there are ``reference_logprobs`` and ``values`` of each response,
-    and ``entropy`` and ``whole_kl`` where asked for. ``support_of`` some responses says what their tokens were drawn
-    from."""
-    wanted: list[tuple[str, dict[str, str]]] = [("policy", {"logprobs": "behaviour_logprobs"})]
+    """Of the ``policy`` ``behaviour_logprobs``, of the ``others`` that there are ``reference_logprobs`` and ``values``
+    of each response, and ``entropy`` and ``whole_kl`` where asked for. ``support_of`` some responses says what their
+    tokens were drawn from."""
+    wanted: list[tuple[str, dict[str, str]]] = [("policy", {"logprobs": "behaviour_logprobs"} if policy else {})]
     if entropy:
         wanted[0][1]["entropy"] = "entropy"
     if "value" in models.roles and "value" in others:
@@ -346,7 +379,7 @@ def measure_tokens(
         batch = token_batch([trees[i] for i in group], packed=models.forest, pad_id=0)
         responses = [at for i in group for at in range(first[i], first[i + 1])]
         batch = replace(batch, support=support_of(responses)).to(models.device)
-        for role, fields in wanted:
+        for role, fields in (each for each in wanted if each[1]):
             with models.use(role):
                 outputs: Any = models(batch, frozenset(fields), temperature)
             for field_name, name in fields.items():
