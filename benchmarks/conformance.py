@@ -22,38 +22,48 @@ from typing import Any
 from benchmarks.pipelines import RESULTS, ROOT, Row, about, write_result
 
 PYTHON = ROOT / "benchmarks" / "peers" / ".venv" / "bin" / "python"
-DPO = {
-    "dpo-sigmoid": {},
-    "dpo-sigmoid-smoothed": {"label_smoothing": 0.05},
-    "dpo-robust": {"label_smoothing": 0.05},
-    "dpo-ipo": {},
-    "dpo-hinge": {},
-    "dpo-exo": {"label_smoothing": 0.05},
-    "dpo-nca": {},
-    "dpo-bco": {},
-    "dpo-sppo": {},
-    "dpo-discopop": {"discopop_tau": 1.0},
+LOSSES = {
+    "sigmoid": "sigmoid",
+    "robust": "robust",
+    "ipo": "ipo",
+    "hinge": "hinge",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "bco": "bco_pair",
+    "sppo": "sppo_hard",
+    "discopop": "discopop",
 }
-NAMES = {"exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard"}
-"""TRL's, where they are others."""
-ROUND = {"num_generations": 8, "max_completion_length": 2, "top_k": 0, "shuffle_dataset": False, "beta": 0.5}
-JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("sft", {}),
-    "reward-pairs": ("reward", {}),
-    "cpo": ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.0, "beta": 0.5}),
-    "simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5}),
-    "orpo": ("orpo", {"beta": 0.5}),
-    "rloo": ("rloo", ROUND),
-    "grpo": ("grpo", {**ROUND, "loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": True}),
+"""TRL's name of a loss of DPO."""
+DPO = ("beta", "label_smoothing", "discopop_tau")
+ONLINE = {"num_generations": "num_samples", "max_completion_length": "max_new_tokens", "beta": "kl_coef"}
+"""TRL's name of a setting, and ours."""
+OWN: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "reward-pairs": {},
+    "cpo": {"loss_type": "sigmoid", "cpo_alpha": 0.0, "beta": 0.5},
+    "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
+    "orpo": {"beta": 0.5},
+    "rloo": {},
+    "grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": True},
 }
-"""Cases of ours: TRL's trainer and its settings, beside those of DPO."""
+"""Cases that TRL has a trainer for, beside those of DPO, and what else it is told. Its RLOO sums over a response's
+tokens what ours divides by their number; its GRPO charges the KL in the loss."""
 
 
 def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
-    found = dict(JOBS)
-    for case, more in DPO.items():
-        loss = case.split("-")[1]
-        found[case] = ("dpo", {"loss_type": [NAMES.get(loss, loss)], "beta": 1.0 if loss == "bco" else 0.5, **more})
+    """Of each case TRL's trainer and its settings."""
+    from fairlead.conformance.cases import CASES
+
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, case in CASES.items():
+        own = {key.partition(".")[2]: value for key, value in case.settings.items() if key.startswith(case.algorithm)}
+        if case.algorithm == "dpo" and own.get("loss") in LOSSES:
+            found[name] = "dpo", {"loss_type": [LOSSES[own["loss"]]], **{key: own[key] for key in DPO if key in own}}
+        elif name in OWN:
+            told: dict[str, Any] = {}
+            if case.reward is not None:
+                told = {theirs: own[ours] for theirs, ours in ONLINE.items()} | {"top_k": 0, "shuffle_dataset": False}
+            found[name] = "cpo" if name == "simpo" else case.algorithm, told | OWN[name]
     return found
 
 
