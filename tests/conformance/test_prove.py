@@ -15,7 +15,7 @@ from fairlead.conformance.cases import CASES
 from fairlead.conformance.converge import converge
 from fairlead.conformance.invariance import invariance
 from fairlead.conformance.prove import chosen, names, one
-from fairlead.errors import ConfigError
+from fairlead.errors import ConfigError, RunError
 
 
 def test_a_run_that_stops_early_fails_its_case(tmp_path: Path) -> None:
@@ -33,6 +33,13 @@ def test_k1_as_a_loss_is_shown_to_have_no_gradient(tmp_path: Path) -> None:
     row = bias("k1-plain", tmp_path, rounds=12)
     assert row["pass"], row
     assert row["low"] < -1 < row["high"]
+
+
+def test_a_case_whose_run_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["bco"]
+    monkeypatch.setitem(CASES, "bco", replace(case, settings={**case.settings, "bco.beta": -1.0}))
+    with pytest.raises(RunError, match="^convergence/bco: bco.beta"):
+        one("convergence/bco", tmp_path)
 
 
 def test_no_case_takes_more_than_3000_steps() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fairlead.config_file import suggest
-from fairlead.errors import ConfigError
+from fairlead.errors import ConfigError, FairleadError, RunError
 
 Row = dict[str, Any]
 KINDS = ("convergence", "bias", "invariance")
@@ -95,7 +95,10 @@ def one(name: str, folder: Path) -> Row:
     own = folder / kind / case.replace(" ", "-").replace(",", "")
     own.mkdir(parents=True, exist_ok=True)
     with (own / "said.txt").open("w", encoding="utf-8") as said, redirect_stderr(said):
-        return _table(kind)(case, own)
+        try:
+            return _table(kind)(case, own)
+        except FairleadError as error:
+            raise RunError(f"{name}: {error.message}", error.hint) from error
 
 
 def _table(kind: str) -> Callable[[str, Path], Row]:
