@@ -67,10 +67,10 @@ def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def peer(name: str, trainer: str, arguments: Mapping[str, Any], folder: Path) -> Row:
-    """A row of TRL's, measured as ours are."""
+def prepared(name: str, trainer: str, arguments: Mapping[str, Any], folder: Path) -> Path:
+    """A folder with the start and the job of a case."""
     from fairlead.conformance.cases import CASES
-    from fairlead.conformance.converge import COMMON, row
+    from fairlead.conformance.converge import COMMON
     from fairlead.runner import resolve
 
     case = CASES[name]
@@ -92,13 +92,26 @@ def peer(name: str, trainer: str, arguments: Mapping[str, Any], folder: Path) ->
         "out": str(folder / "trained"),
     }
     (folder / "job.json").write_text(json.dumps(job), "utf-8")
+    return folder
+
+
+def trained(folder: Path) -> Path:
+    """The same, with what TRL has made of it."""
     command = [str(PYTHON), str(ROOT / "benchmarks" / "peers" / "conformance.py"), str(folder / "job.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
-        raise SystemExit(f"{name}: TRL's side failed\n{done.stderr[-3000:]}")
-    found = row(case, folder, folder / "trained") | {"steps": recipe.train.steps}
-    print(f"{name}: {found['distance']:.1e} of {found['bound']:.0e}", file=sys.stderr, flush=True)
-    return found
+        raise SystemExit(f"{folder.name}: TRL's side failed\n{done.stderr[-3000:]}")
+    return folder
+
+
+def measured(folder: Path) -> Row:
+    """A row, as ours are measured."""
+    from fairlead.conformance.cases import CASES
+    from fairlead.conformance.converge import row
+
+    found = row(CASES[folder.name], folder, folder / "trained")
+    print(f"{folder.name}: {found['distance']:.1e} of {found['bound']:.0e}", file=sys.stderr, flush=True)
+    return found | {"steps": json.loads((folder / "job.json").read_text("utf-8"))["steps"]}
 
 
 def main() -> None:
@@ -109,8 +122,8 @@ def main() -> None:
         raise SystemExit(f"{PYTHON} is missing: make peers")
     chosen = {name: job for name, job in jobs().items() if name in (given.case or jobs())}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(peer, name, *job, Path(scratch) / name) for name, job in chosen.items()]
-        rows = [each.result() for each in running]
+        folders = [prepared(name, *job, Path(scratch) / name) for name, job in chosen.items()]
+        rows = [measured(folder) for folder in pool.map(trained, folders)]
     if given.case:
         return
     from fairlead.conformance.prove import prove
