@@ -38,7 +38,7 @@ def test_k1_as_a_loss_is_shown_to_have_no_gradient(tmp_path: Path) -> None:
 def test_a_case_whose_run_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["bco"]
     monkeypatch.setitem(CASES, "bco", replace(case, settings={**case.settings, "bco.beta": -1.0}))
-    with pytest.raises(RunError, match="^convergence/bco: bco.beta"):
+    with pytest.raises(RunError, match=r"^convergence/bco: bco\.beta"):
         one("convergence/bco", tmp_path)
 
 

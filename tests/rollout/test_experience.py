@@ -22,7 +22,13 @@ COPIES, SAMPLES, TEMPERATURE = 5, 3, 0.6
 
 def collector(folder: Path, dtype: torch.dtype = torch.float64, **more: Any) -> Collector:
     """Of a run moved away from where it began, with a reference."""
-    own = {"num_samples": SAMPLES, "temperature": TEMPERATURE, "rollout_size": "all", "rollout_rows": 64, "kl_coef": 0.1}
+    own = {
+        "num_samples": SAMPLES,
+        "temperature": TEMPERATURE,
+        "rollout_size": "all",
+        "rollout_rows": 64,
+        "kl_coef": 0.1,
+    }
     settings = {f"rloo.{name}": value for name, value in ({**own, "max_new_tokens": 2} | more).items()}
     run = staged(TASK, "rloo", settings, prompts(TASK, COPIES), folder, dtype=dtype, reward=TASK.reward)
     run.move()

@@ -163,7 +163,7 @@ def _dpo_cases() -> Iterator[Case]:
         "sigmoid-smoothed": (partial(optimum.sigmoid, beta=b, e=SMOOTHING), "beta d = log odds of flipped labels", e),
         "robust": (partial(optimum.robust, beta=b, e=SMOOTHING), "beta d = log odds before the flips", e),
         "ipo": (partial(optimum.ipo, beta=b), "d = (2 p - 1) / 2 beta", {}),
-        "hinge": (partial(optimum.hinge, beta=b), "|beta d| = 1", {"train.steps": 400}),
+        "hinge": (partial(optimum.hinge, beta=b), "beta d = 1 or -1", {"train.steps": 400}),
         "exo": (partial(optimum.exo, beta=b, e=SMOOTHING), "beta d = (2 p - 1) log odds of 1 - e", e),
         "nca": (partial(optimum.nca, beta=b), "beta c = log 2 p", {}),
         "bco": (partial(optimum.apart_bco, beta=1.0), "beta c = log odds", {"dpo.beta": 1.0}),

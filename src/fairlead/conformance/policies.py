@@ -42,6 +42,11 @@ def top_share(rewards: Tensor, percentile: float) -> Tensor:
     return torch.where(kept, 0.0, -torch.inf).log_softmax(-1)
 
 
+def apart_from_top(percentile: float) -> Callable[[Found], float]:
+    """KL(equal shares of what scores at the percentile or above, policy)."""
+    return lambda found: optimum.kl(top_share(found.task.rewards, percentile), found.after)
+
+
 def _given(algorithm: str, copies: int, rate: float, steps: int, **own: Any) -> dict[str, Any]:
     shared = {"max_new_tokens": TREE.length, "temperature": 1.0, "rollout_size": "all", "rollout_rows": 512}
     return {
@@ -95,8 +100,7 @@ def _ranked_cases() -> Iterator[Case]:
     }
     settings = _given("rft", 128, 3e-3, 400, **own)
 
-    def near(found: Found) -> float:
-        return optimum.kl(top_share(DEEP.rewards, percentile), found.after)
-
     told = "all responses of the upper 22 %, each as likely"
-    yield Case("rft", "rft", DEEP, settings, prompts(DEEP, 128), near, "KL(those, policy)", 1e-2, told, DEEP.reward)
+    yield Case(
+        "rft", "rft", DEEP, settings, prompts(DEEP, 128), apart_from_top(percentile), measure, 1e-2, told, DEEP.reward
+    )

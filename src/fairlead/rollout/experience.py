@@ -26,7 +26,6 @@ from fairlead.rollout.store import RolloutStore
 from fairlead.rollout.texts import variety
 from fairlead.types import Prompt, Ranks, Reward, Rollout, Sampler, Sampling, Scores, Support
 
-
 CHECKED = 8
 """Where the sampler's log-probabilities stand for the trainer's, of one prompt in so many both are measured."""
 
