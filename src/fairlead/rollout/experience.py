@@ -216,7 +216,8 @@ class Collector:
             else:
                 scores = Scores((math.nan,) * len(rollouts))
         with self._timed("measuring"):
-            experience = self.measure(rollouts, scores) if rollouts else None
+            first = self.store.first_prompt(len(prompts), self.rows)
+            experience = self.measure(rollouts, scores, first=first) if rollouts else None
         return experience, {
             "samples": samples,
             "scored": list(scored_rows(samples, rollouts, scores, reasons)),
@@ -256,8 +257,9 @@ class Collector:
         yield
         self.seconds[phase] = time.monotonic() - started
 
-    def measure(self, rollouts: Sequence[Rollout], scores: Scores) -> Experience:
-        """Log-probabilities of policy and reference, entropy and values, one forward a trunk at most."""
+    def measure(self, rollouts: Sequence[Rollout], scores: Scores, *, first: int = 0) -> Experience:
+        """Log-probabilities of policy and reference, entropy and values, one forward a trunk at most. ``first``: the
+        number of the first prompt in its round."""
         trees, support = trees_of(rollouts, self.num_samples), drawn_from(rollouts)
         experience = Experience(
             trees,
@@ -285,18 +287,18 @@ class Collector:
         )
         if known:
             tokens["behaviour_logprobs"] = tokens["sampled_logprobs"]
-            tokens |= self._checked(experience, form)
+            tokens |= self._checked(experience, form, range(-first % CHECKED, len(trees), CHECKED))
         elif self.own_sampler:
             tokens["trainer_logprobs"] = tokens["behaviour_logprobs"]
         return experience
 
-    def _checked(self, experience: Experience, form: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """The trainer's log-probabilities and the entropy of some responses, nan of the others."""
+    def _checked(self, experience: Experience, form: Mapping[str, Any], prompts: range) -> dict[str, list[Tensor]]:
+        """The trainer's log-probabilities and the entropy of the responses to some prompts, nan of the others."""
         number = experience.num_samples
-        chosen = [at * number + k for at in range(0, len(experience.trees), CHECKED) for k in range(number)]
+        chosen = [at * number + k for at in prompts for k in range(number)]
         measured = measure_tokens(
             self.models,
-            experience.trees[::CHECKED],
+            [experience.trees[at] for at in prompts],
             **form,
             support_of=lambda asked: experience.support_of([chosen[i] for i in asked]),
             others=(),

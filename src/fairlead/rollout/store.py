@@ -67,8 +67,8 @@ class RolloutStore:
         was sampled before is read back. ``after_chunk`` is told how many there are."""
         rollouts: list[Rollout] = []
         key = (seed, "rollout", round_number)
-        rows = max(1, min(rows, math.ceil(len(prompts) / self._ranks.size)))
-        for number in self._ranks.part(math.ceil(len(prompts) / rows)):
+        rows, chunks = self._chunks(len(prompts), rows)
+        for number in chunks:
             start = number * rows
             part = prompts[start : start + rows]
 
@@ -79,6 +79,16 @@ class RolloutStore:
             rollouts += self.chunk(round_number, number, asked, sample)
             after_chunk(len(rollouts))
         return rollouts
+
+    def first_prompt(self, count: int, rows: int) -> int:
+        """Of ``count`` prompts the number of the first that this rank samples."""
+        rows, chunks = self._chunks(count, rows)
+        return chunks.start * rows
+
+    def _chunks(self, count: int, rows: int) -> tuple[int, range]:
+        """How many prompts are in a chunk, and this rank's chunks."""
+        rows = max(1, min(rows, math.ceil(count / self._ranks.size)))
+        return rows, self._ranks.part(math.ceil(count / rows))
 
     def has(self, round_number: int) -> bool:
         return self._ranks.from_leader(self._path(round_number, CHECKSUMS).is_file)
