@@ -1,4 +1,4 @@
-"""Two responses to each prompt, preferred in known shares: where losses of preferences end. And all responses, each
+"""Two responses to each prompt, preferred in known shares: where losses of preferences end. And five responses, each
 compared with each, as often as a Bradley-Terry model says."""
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def pair_rows(kind: str = "pairs") -> Rows:
 
 
 COMPARED = [COMPLETE.at(word) for word in "abcde"]
+"""The five responses."""
 
 
 def complete_rows() -> Rows:
@@ -123,9 +124,10 @@ def complete(found: Found) -> float:
     return optimum.kl(after, optimum.tilted(before, COMPLETE.rewards[:, COMPARED], BETA))
 
 
-def scores(found: Found, wanted: Wanted = optimum.logit) -> float:
+def scores(found: Found) -> float:
+    """The difference of the two scores against the log odds."""
     got = of_two(found.after)
-    return float((got[:, 0] - got[:, 1] - _each(wanted)).abs().max())
+    return float((got[:, 0] - got[:, 1] - _each(optimum.logit)).abs().max())
 
 
 def good_or_bad(found: Found) -> float:
@@ -195,7 +197,6 @@ def _reference_free() -> Iterator[Case]:
     yield Case("simpo", "simpo", PAIRS, given, pair_rows(), near, error, 1e-2, "least expected loss, a token")
     weight, shares = 0.5, sum(SHARES) / len(SHARES)
     mean = shares * LENGTHS[0] + (1 - shares) * LENGTHS[1]
-
     near = whole(partial(optimum.orpo, weight=weight, lengths=LENGTHS, mean_length=mean))
     given = FIT | {"orpo.weight": weight, "train.steps": 300}
     yield Case("orpo", "orpo", PAIRS, given, pair_rows(), near, "KL(optimum, policy)", 1e-3, "least loss")

@@ -86,11 +86,8 @@ def evaluate(
     ConfigError where there is nothing to measure.
     """
     _refuse_scores(scores, win_score=win_score, best_by=best_by)
-    if best_of is not None and (best_of < 2 or reference is None or prompts is None or not scores):
-        raise ConfigError(
-            f"best_of={best_of} responses of the reference to prompts, by a score: one of these is missing",
-            hint="give best_of of at least 2, reference, prompts and scores",
-        )
+    if best_of is not None:
+        _refuse_best_of(best_of, reference, prompts, scores)
     if min(draws, num_prompts, max_new_tokens) < 1 or temperature <= 0:
         raise ConfigError("draws, num_prompts and max_new_tokens must be at least 1, temperature above 0")
     against = None if reference is None else _open(reference)
@@ -132,6 +129,15 @@ def evaluate(
         )
         for run in opened
     }
+
+
+def _refuse_best_of(number: int, *needed: object) -> None:
+    """Raises ConfigError where it has nothing to choose from; ``needed`` are reference, prompts and scores."""
+    if number < 2 or not all(each is not None and each != {} for each in needed):
+        raise ConfigError(
+            f"best_of={number} responses of the reference to prompts, by a score: one of these is missing",
+            hint="give best_of of at least 2, reference, prompts and scores",
+        )
 
 
 def _refuse_scores(scores: Mapping[str, ScoreSource], **chosen: str | None) -> None:
