@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from tests.tiny import TREES, base, gradients, models, relative_error, scatter, separate
 
-from fairlead.algorithms import dpo, reward, sft
+from fairlead.algorithms import bco, dpo, pretrain, reward, sft
 from fairlead.algorithms.reference import measure
+from fairlead.algorithms.responses import pair_metrics
 from fairlead.algorithms.terms import nll
-from fairlead.data.pack import labelled_batch, preference_batch, token_batch
+from fairlead.data.pack import labelled_batch, preference_batch, spread, token_batch
 from fairlead.data.render import Tree
 from fairlead.ops.returns import gae
 from fairlead.rollout.experience import measure_tokens
 from fairlead.training.loop import backward, total_counts
-from fairlead.types import Pass, Term
+from fairlead.types import Mean, Outputs, Pass, Ranks, Term
 
 PAIRS = [
     Tree((5, 6, 7), ((8, 9, 1), (8, 4, 5, 6, 1))),
@@ -56,6 +58,50 @@ def test_a_tie_of_scores_counts_as_half_right() -> None:
     torch.nn.init.zeros_(made.heads["reward"].get_parameter("linear.weight"))
     metrics = backward(made, reward.passes(reward.Settings()), [_pairs(PAIRS, None, packed=True)])
     assert metrics["rewards/accuracies"] == 0.5
+
+
+def test_a_tie_of_rewards_counts_as_half_right() -> None:
+    batch = _pairs(PAIRS, None, packed=True)
+    zeros = Outputs(logprobs=torch.zeros(batch.loss_mask.shape))
+    rewards = torch.zeros(8)
+    rewards[batch.chosen[0]], rewards[batch.rejected[1]] = 1.0, 1.0  # right, wrong, and two ties
+    found = pair_metrics(zeros, batch, rewards)["rewards/accuracies"]
+    assert isinstance(found, Mean) and found.value == 0.5
+    rewards[batch.rejected[1]] = 0.0
+    found = pair_metrics(zeros, batch, rewards)["rewards/accuracies"]
+    assert isinstance(found, Mean) and found.value == 0.625
+
+
+def test_odpo_pushes_a_pair_apart_by_its_margin() -> None:
+    """At the reference the loss of a pair is -log sigmoid(-coef * margin), more than log 2 (Amini et al. 2024)."""
+    made, margins = models(("policy", "reference")), [0.5, 2.0, 0.0, 1.0]
+    reference = [row for rows in _reference(made, PAIRS) for row in rows]
+    batch = preference_batch(PAIRS, packed=True, pad_id=0, reference_logprobs=reference, margins=margins)
+    metrics = backward(made, dpo.passes(dpo.Settings(margin_coef=0.7)), [batch])
+    wanted = sum(math.log1p(math.exp(0.7 * margin)) for margin in margins) / 4
+    assert metrics["loss"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_bcos_point_is_the_mean_of_the_two_classes_means() -> None:
+    """Of three good responses and a bad one the mean of all would lie nearer to the good ones (Jung et al. 2024)."""
+    trees = [Tree(tree.prompt, tree.responses[:1]) for tree in PAIRS]
+    labels, given = [True, True, True, False], [3.0, 1.0, 2.0, -2.0]
+    reference = [torch.zeros(len(tree.responses[0])) for tree in trees]
+    batch = labelled_batch(trees, labels, packed=True, pad_id=0, reference_logprobs=reference)
+
+    def call(batch: Any, _: frozenset[str]) -> Any:
+        rows = [torch.full((len(row),), value / len(row)) for row, value in zip(reference, given, strict=True)]
+        return Outputs(logprobs=spread(rows, batch.loss_mask))
+
+    settings = bco.Settings(beta=1.0)
+    asked: Any = call
+    (found,) = bco.prepare(asked, [batch], Ranks(), settings=settings)
+    assert float(found.statistics["shift"]) == pytest.approx((2.0 + -2.0) / 2)
+
+
+def test_perplexity_is_e_to_the_loss_and_never_too_large_for_a_float() -> None:
+    assert pretrain.with_perplexity({"eval/loss": 2.0}) == {"eval/loss": 2.0, "eval/perplexity": math.exp(2.0)}
+    assert math.isfinite(pretrain.with_perplexity({"eval/loss": 1e4})["eval/perplexity"])
 
 
 def test_the_sft_loss_is_that_of_transformers_on_the_same_rows() -> None:

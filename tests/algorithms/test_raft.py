@@ -10,7 +10,7 @@ import torch
 from tests.tiny import gradients, models, relative_error
 
 from fairlead.algorithms import raft, sft
-from fairlead.algorithms.shaping import Shaper
+from fairlead.algorithms.shaping import AdaptiveKL, Shaper
 from fairlead.data.pack import token_batch
 from fairlead.data.render import Tree
 from fairlead.errors import TrainingError
@@ -121,9 +121,17 @@ def test_one_sample_a_prompt_is_sft_on_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"collect": "top", "keep": 2}, {"share": 0.5}, {"keep": 9}, {"num_samples": 0}, {"discard": ["emptyy"]}],
+    ("wrong", "said"),
+    [
+        ({"collect": "top", "keep": 2}, "keep"),
+        ({"share": 0.5}, "share"),
+        ({"keep": 9}, "keep=9 of num_samples=8"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"discard": ["emptyy"]}, "emptyy"),
+        ({"adaptive_kl": {}}, "kl_coef above 0"),
+    ],
 )
-def test_what_does_not_go_together_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+def test_what_does_not_go_together_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         raft.Settings(**wrong)
+    assert raft.Settings(adaptive_kl=AdaptiveKL(), kl_coef=0.1).adaptive_kl is not None

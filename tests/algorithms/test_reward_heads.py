@@ -19,6 +19,8 @@ from torch import Tensor
 
 import fairlead
 from fairlead.algorithms import reward, reward_data
+from fairlead.conformance.staged import staged
+from fairlead.conformance.tasks import Task
 from fairlead.data.pack import preference_batch, ranking_batch
 from fairlead.data.render import Tree
 from fairlead.errors import DataError
@@ -303,6 +305,14 @@ def test_an_attribute_that_no_row_has_is_named_with_those_there_are(tmp_path: Pa
         train(tmp_path, JUDGED_ROWS, **{"reward.attributes": ["kind", "wise"]})
     with pytest.raises(DataError, match=r"(?s)no row has a score of kind.*the rows have: none"):
         train(tmp_path, PAIRS, **{"reward.attributes": ["kind"]})
+
+
+def test_equal_scores_of_a_ranking_share_a_place(tmp_path: Path) -> None:
+    row = {"prompt": "a b", "responses": ["a", "b", "a b", "b b"], "scores": [3, 2, 2, 1]}
+    given = {"reward.rankings": True, "train.steps": 1, "train.batch_size": 1, "data.eval_fraction": 0}
+    run = staged(Task("ab", 3, ("a b",)), "reward", given, [row, row], tmp_path)
+    (batch,) = next(run.steps())
+    assert batch.level.tolist() == [0, 1, 1, 2] and batch.counts["pair"] == 5
 
 
 def test_rankings_that_teach_nothing_are_counted_and_alone_refused(tmp_path: Path) -> None:

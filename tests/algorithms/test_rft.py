@@ -68,6 +68,14 @@ def test_of_rewards_with_few_values_the_lowest_are_not_learned_and_the_highest_n
     assert kept == {(6,): [23], (7,): [20, 21, 22, 23]}
 
 
+def test_a_response_that_scores_the_threshold_itself_is_learned(tmp_path: Path) -> None:
+    """Three quarters of the way from 0 to 4 lies 3, which other prompts keep from being the highest threshold."""
+    of = {(5,): [0.0, 1.0, 2.0, 3.0, 4.0], (6,): [-9.0] * 5, (7,): [9.0] * 5}
+    scores = {prompt: dict(zip(range(20, 25), values, strict=True)) for prompt, values in of.items()}
+    (kept,) = _kept(tmp_path, _experience(scores), epochs=1, start_percentile=0.75)
+    assert kept[(5,)] == [23, 24]
+
+
 def test_samples_of_a_prompt_accumulate_each_once(tmp_path: Path) -> None:
     first = _experience({(5,): {20: 0.1, 21: 0.9}, (6,): {20: 0.3, 21: 0.2}})
     second = _experience({(6,): {20: 0.3, 22: 0.8}, (5,): {23: 0.5, 24: NAN}}, number=1)

@@ -3,6 +3,7 @@ and where a resumed one goes on. A real run on an enumerable task, whose steps a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from torch import Tensor
 from fairlead.conformance.case import prompts
 from fairlead.conformance.staged import Staged, staged
 from fairlead.conformance.tasks import Task
+from fairlead.errors import CheckpointError
 
 TASK = Task("abc", 2, ("a b", "b c", "c a", "a a"), seed=5)
 SAMPLES = 4
+QUIET = {"policy/approx_kl": 0.0, "policy/ratio": 1.0}
 
 
-def begun(folder: Path, algorithm: str = "rloo", packing: str = "best-fit", **settings: Any) -> Staged:
+def begun(
+    folder: Path, algorithm: str = "rloo", packing: str = "best-fit", steps: int | None = 16, **settings: Any
+) -> Staged:
     """Rounds of 8 prompts, the task's each twice, in minibatches of 2."""
     own = {
         "rollout_size": 8,
@@ -29,7 +34,7 @@ def begun(folder: Path, algorithm: str = "rloo", packing: str = "best-fit", **se
         **({"num_samples": SAMPLES} if algorithm == "rloo" else {}),
         **settings,
     }
-    given = {"train.batch_size": 2, "train.steps": 16, "data.packing": packing}
+    given = {"train.batch_size": 2, "train.steps": steps, "data.packing": packing}
     given |= {f"{algorithm}.{name}": value for name, value in own.items()}
     return staged(TASK, algorithm, given, prompts(TASK, 2), folder, reward=TASK.reward)
 
@@ -73,7 +78,7 @@ def test_the_kl_controller_moves_once_a_round_and_from_its_beginning(tmp_path: P
     run = begun(tmp_path, "ppo", adaptive_kl={"target": 0.5, "horizon": 100.0})
     coefficients, following = list[float](), 0.0
     for step in run.steps():
-        metrics = run.source.after_step({"policy/approx_kl": 0.0, "policy/ratio": 1.0})
+        metrics = run.source.after_step(QUIET)
         coefficients.append(run.source.state_dict()["shaping"]["kl_coef"])
         if not following:
             error = min(max(metrics["objective/kl"] / 0.5 - 1, -0.2), 0.2)
@@ -98,11 +103,11 @@ def test_a_step_beyond_the_target_kl_ends_its_round(found: float, wanted: int, t
 
 
 def test_a_resumed_round_goes_on_where_it_stood(tmp_path: Path) -> None:
-    whole, quiet = begun(tmp_path / "whole"), {"policy/approx_kl": 0.0, "policy/ratio": 1.0}
+    whole = begun(tmp_path / "whole")
     steps, states, wanted = whole.steps(), list[dict[str, Any]](), list[Any]()
     for _ in range(3):
         wanted.append(next(steps))
-        whole.source.after_step(quiet)
+        whole.source.after_step(QUIET)
         states.append(whole.source.state_dict())
     resumed = begun(tmp_path / "whole")
     resumed.source.load_state_dict(states[1])
@@ -110,3 +115,33 @@ def test_a_resumed_round_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert torch.equal(batch.input_ids, following.input_ids)
     assert torch.equal(batch.advantages, following.advantages)
     assert not torch.equal(batch.input_ids, wanted[0][0].input_ids)
+
+
+def test_a_round_that_is_not_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    next(run.steps())
+    run.source.after_step(QUIET)
+    resumed = begun(tmp_path)
+    resumed.source.load_state_dict(run.source.state_dict() | {"rollout": "another's"})
+    with pytest.raises(CheckpointError, match="round 0 of the rollouts is not the one"):
+        next(resumed.steps())
+
+
+def test_no_advantage_counts_in_the_steps_of_the_values_warm_up(tmp_path: Path) -> None:
+    run = begun(tmp_path, "ppo", value={"warm_up_steps": 2})
+    steps, are_zero = run.steps(), list[bool]()
+    for _ in range(4):
+        batches = next(steps)
+        are_zero.append(all(float(batch.advantages.abs().max()) == 0 for batch in batches))
+        assert all(float(batch.returns.abs().max()) > 0 for batch in batches)
+        run.source.after_step(QUIET)
+    assert are_zero == [True, True, False, False]
+
+
+def test_the_last_round_ends_with_its_steps_where_it_learns_less_than_was_planned(tmp_path: Path) -> None:
+    """8 prompts are 4 minibatches; those whose only response was cut at its limit are left out."""
+    run = begun(tmp_path, "reinforce", steps=None, drop=["unfinished"])
+    assert run.source.num_steps == 4
+    told = [run.source.after_step(QUIET) for _ in run.steps()]
+    kept = 8 * told[0]["rollout/finished"]
+    assert kept <= 6 and run.source.num_steps == len(told) == math.ceil(kept / 2) > 0

@@ -198,6 +198,12 @@ def test_the_beginning_token_stands_once_where_the_tokenizer_has_the_habit(habit
     assert only_tree(render, Text("T")) == Tree((), ((*start, *ids("T"), EOS),))
 
 
+def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one() -> None:
+    render = renderer(habit=True)
+    assert only_tree(render, Demonstration("<bos>Q", "B")).prompt == (BOS, *ids("Q"))
+    assert render.prompts([Prompt("<bos>Q")])[0][0][1] == (BOS, *ids("Q"))
+
+
 @pytest.mark.parametrize("habit", [False, True])
 def test_a_template_that_writes_the_beginning_token_itself_gets_no_second_one(habit: bool) -> None:
     tree = only_tree(renderer("chat", chat="{{ bos_token }}" + CHAT, habit=habit), Demonstration("Q", "B"))

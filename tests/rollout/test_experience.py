@@ -13,8 +13,9 @@ from fairlead.algorithms.rounds import measured
 from fairlead.conformance.case import prompts
 from fairlead.conformance.staged import staged
 from fairlead.conformance.tasks import Task
-from fairlead.rollout.experience import CHECKED, Collector, Experience
-from fairlead.types import Prompt
+from fairlead.data.render import Tree
+from fairlead.rollout.experience import CHECKED, Collector, Experience, trees_of
+from fairlead.types import Prompt, Rollout
 
 TASK = Task("abc", 2, ("a b", "b c", "c a", "a a"), seed=5)
 COPIES, SAMPLES, TEMPERATURE = 5, 3, 0.6
@@ -93,6 +94,24 @@ def test_where_rounding_is_coarse_the_trainer_measures_all(tmp_path: Path) -> No
     assert "trainer_logprobs" not in found.tokens
     for row, right in zip(found.tokens["behaviour_logprobs"], exact(made, found), strict=True):
         torch.testing.assert_close(row, right, atol=1e-6, rtol=0)
+
+
+def test_what_was_drawn_of_the_likeliest_tokens_is_measured_among_these(tmp_path: Path) -> None:
+    made = replace(collector(tmp_path, top_k=2), own_sampler=False)
+    found = collect(made)
+    rows = zip(found.tokens["behaviour_logprobs"], found.tokens["sampled_logprobs"], exact(made, found), strict=True)
+    for trainers, samplers, whole in rows:
+        torch.testing.assert_close(trainers, samplers, atol=1e-6, rtol=0)
+        assert bool((trainers > whole).all())
+
+
+def test_a_prompt_with_one_response_is_a_tree_of_one() -> None:
+    rollouts = [Rollout(Prompt(text), (at,), (9, at), (-1.0,) * 2, True, "") for at, text in enumerate("ab")]
+    assert trees_of(rollouts, 1) == [Tree((0,), ((9, 0),)), Tree((1,), ((9, 1),))]
+    assert trees_of([rollouts[0]] * 2 + [rollouts[1]] * 2, 2) == [
+        Tree((0,), ((9, 0), (9, 0))),
+        Tree((1,), ((9, 1), (9, 1))),
+    ]
 
 
 def test_of_texts_that_were_cleaned_the_trainer_measures_all(tmp_path: Path) -> None:

@@ -121,3 +121,17 @@ def test_nothing_is_left_behind_when_decoding_fails_and_changed_weights_are_pack
     with torch.no_grad():
         network.get_base_model().second.base_layer.weight.add_(1.0)
     _agree(network, 4, 1)
+
+
+def test_a_build_of_torch_without_the_reordered_product_takes_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Tensor:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
+    module._has_onednn.cache_clear()
+    weight, states = torch.randn(5, 3), torch.randn(2, 3)
+    try:
+        torch.testing.assert_close(module.product(weight, None, 8)(states), states @ weight.T)
+    finally:
+        module._has_onednn.cache_clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.tiny import tokenizer
@@ -21,6 +22,7 @@ from fairlead.rollout.samples import (
     rollouts_of,
     round_prompts,
     sample_rows,
+    score_kept,
     scored_rows,
 )
 from fairlead.types import Demonstration, Prompt, Rollout, Scores
@@ -116,6 +118,18 @@ def test_a_discarded_sample_has_its_reason_and_a_cleaned_one_its_new_text() -> N
     assert (rows[0]["score"], rows[0]["scores"]) == (0.5, {"length": 1.0})
     assert (rows[1]["response"], rows[1]["score"], rows[1]["discarded"]) == ("is", None, "too_short")
     assert "scores" not in rows[1] and "discarded" not in rows[2]
+
+
+def test_scores_stand_at_the_samples_that_were_not_discarded() -> None:
+    def reward(rollouts: Sequence[Rollout]) -> Scores:
+        values = tuple(float(len(rollout.text)) for rollout in rollouts)
+        return Scores(values, parts={"twice": tuple(2 * value for value in values)})
+
+    sampled, given = _rollouts(_renderer()), cast(Any, reward)
+    found, lengths = score_kept(given, sampled, [None, "too_short", None, "empty"]), [len(r.text) for r in sampled]
+    assert [found.values[0], found.values[2]] == [lengths[0], lengths[2]]
+    assert [found.parts["twice"][0], found.parts["twice"][2]] == [2 * lengths[0], 2 * lengths[2]]
+    assert all(math.isnan(values[i]) for values in (found.values, found.parts["twice"]) for i in (1, 3))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from fairlead.errors import ConfigError
 from fairlead.models.roles import Models
 from fairlead.rollout import vllm
 from fairlead.rollout.engines import open_sampler
-from fairlead.types import Prompt, Sampling
 
 INSTALLED = importlib.util.find_spec("vllm")
 IDS = torch.tensor([[3, 7, 5, 9, 40, 41, 2, 6]])
@@ -153,10 +152,3 @@ def test_the_worker_has_the_method_that_is_called_by_name_and_outputs_have_what_
     assert {"token_ids", "logprobs", "sampling_mask"} <= _fields(outputs, "CompletionOutput")
     assert "token_ids" in _fields(outputs, "SamplingMask")
     assert "logprob" in _fields(_tree("logprobs.py"), "Logprob")
-
-
-@pytest.mark.skipif(INSTALLED is None, reason="vLLM is not installed")
-def test_top_p_alone_is_refused_since_kept_tokens_would_be_unknown() -> None:
-    sampler = open_sampler("vllm", models(("policy",)), _renderer())
-    with pytest.raises(ConfigError, match=r"top_p=0\.9 with top_k=0"):
-        sampler.generate([Prompt("why?")], sampling=Sampling(4, top_p=0.9), key=(0,))

@@ -36,6 +36,11 @@ class DrawSettings(Section):
             raise ValueError(f"shortest_limit={limit} is above max_new_tokens={self.max_new_tokens}")
         if self.min_new_tokens > limit:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is above the shortest limit, {limit}")
+        if self.engine == "vllm" and self.top_p < 1.0 and not self.top_k:
+            raise ValueError(
+                f"top_p={self.top_p} with top_k=0: vLLM says what a token was drawn from only under a top_k; set top_k "
+                "as well, 1000 say, or engine=native"
+            )
         return self
 
     @property

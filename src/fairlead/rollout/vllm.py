@@ -53,11 +53,6 @@ class VllmSampler:
     ) -> list[Rollout]:
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
-        if sampling.top_p < 1.0 and not sampling.top_k:
-            raise ConfigError(
-                f"top_p={sampling.top_p} with top_k=0: vLLM says what a token was drawn from only under a top_k",
-                hint="set top_k as well, 1000 say, or engine=native",
-            )
         ids = self._renderer.prompt_ids(prompts)
         items = torch.arange(len(prompts) * num_samples) + first_item * num_samples
         ends = limits(stream_key(*key), items, sampling).tolist()

@@ -1,0 +1,73 @@
+"""What is made of a round: which numbers stand at the tokens of responses of unequal length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fairlead.algorithms import grpo, ppo, reinforce
+from fairlead.algorithms.shaping import Shaper
+from fairlead.data.render import Tree
+from fairlead.rollout.experience import Experience
+
+LENGTHS = (3, 1, 2, 5)
+
+
+def _round(scores: list[float]) -> Experience:
+    """Two prompts, each with two responses."""
+    trees = [Tree((5,), tuple((7,) * n for n in LENGTHS[:2])), Tree((6,), tuple((7,) * n for n in LENGTHS[2:]))]
+    tokens = {
+        "behaviour_logprobs": [torch.linspace(-2, -1, n) for n in LENGTHS],
+        "reference_logprobs": [torch.full((n,), -1.25) for n in LENGTHS],
+        "values": [torch.linspace(-0.5, 0.5, n) for n in LENGTHS],
+    }
+    return Experience(trees, tokens, torch.tensor(scores), torch.ones(4, dtype=torch.bool))
+
+
+def _whitened(rows: list[Tensor]) -> Tensor:
+    flat = torch.cat(rows)
+    return (flat - flat.mean()) / flat.std(correction=0)
+
+
+def test_ppo_whitens_over_the_tokens_of_responses_and_no_padding() -> None:
+    experience, settings = _round([1.0, -2.0, 0.5, 3.0]), ppo.Settings(kl_coef=0.1)
+    plain = settings.model_copy(update={"whiten_advantages": False})
+    shaped = Shaper(settings)(experience)
+    got, raw = (ppo.estimate(experience, shaped, settings=each).tokens["advantages"] for each in (settings, plain))
+    torch.testing.assert_close(torch.cat(list(got)), _whitened(list(raw)))
+
+
+def test_what_the_values_explain_is_one_less_the_share_of_the_variance_that_is_left() -> None:
+    experience, settings = _round([1.0, -2.0, 0.5, 3.0]), ppo.Settings(kl_coef=0.1)
+    found = ppo.estimate(experience, Shaper(settings)(experience), settings=settings)
+    returns, values = torch.cat(list(found.tokens["returns"])), torch.cat(experience.tokens["values"])
+    wanted = 1 - float((returns - values).var() / returns.var())
+    assert found.metrics["values/explained_variance"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_baseline_of_reinforce_is_the_mean_of_the_prompts_responses() -> None:
+    experience = _round([1.0, -2.0, 0.5, 3.0])
+    settings = reinforce.Settings(num_samples=2, kl_coef=0.0, group_baseline=True)
+    found = reinforce.estimate(experience, Shaper(settings)(experience), settings=settings)
+    above = [1.5, -1.5, -1.25, 1.25]
+    wanted = _whitened([torch.full((n,), score) for n, score in zip(LENGTHS, above, strict=True)])
+    torch.testing.assert_close(torch.cat(list(found.tokens["advantages"])), wanted)
+
+
+def test_a_kl_that_is_a_loss_is_not_charged_in_the_reward_as_well() -> None:
+    settings = grpo.Settings(num_samples=2, kl_in="loss", kl_estimator="k3", kl_coef=0.5)
+    shaped = Shaper(settings)(_round([1.0, -2.0, 0.5, 3.0]))
+    assert shaped.rewards.sum(1).tolist() == [1.0, -2.0, 0.5, 3.0]
+    assert shaped.metrics["objective/kl"] != 0
+
+
+def test_the_spread_of_the_rounds_so_far_survives_a_stop() -> None:
+    settings = ppo.Settings(kl_coef=0.0, reward_scaling="running")
+    before, after = _round([1.0, -2.0, 0.5, 3.0]), _round([9.0, 1.0, 4.0, 2.0])
+    shaper, resumed = Shaper(settings), Shaper(settings)
+    shaper(before)
+    shaper.finish_round()
+    resumed.load_state_dict(shaper.state_dict())
+    assert torch.equal(resumed(after).scores, shaper(after).scores)
+    assert not torch.equal(Shaper(settings)(after).scores, shaper(after).scores)
