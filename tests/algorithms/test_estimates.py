@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairlead.algorithms import grpo, ppo, reinforce
+from fairlead.algorithms import grpo, ppo, reinforce, rloo
 from fairlead.algorithms.shaping import Shaper
 from fairlead.data.render import Tree
 from fairlead.rollout.experience import Experience
@@ -53,6 +53,17 @@ def test_the_baseline_of_reinforce_is_the_mean_of_the_prompts_responses() -> Non
     above = [1.5, -1.5, -1.25, 1.25]
     wanted = _whitened([torch.full((n,), score) for n, score in zip(LENGTHS, above, strict=True)])
     torch.testing.assert_close(torch.cat(list(found.tokens["advantages"])), wanted)
+
+
+@pytest.mark.parametrize(("scores", "wanted"), [([3.0, 1.0], [1.0, -1.0]), ([3.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0, 0])])
+def test_rloo_normalizes_over_the_responses_of_the_round(scores: list[float], wanted: list[float]) -> None:
+    trees = [Tree((5,), ((7,), (8, 7))) for _ in scores[::2]]
+    held = torch.ones(len(scores), dtype=torch.bool)
+    experience = Experience(trees, {"behaviour_logprobs": []}, torch.tensor(scores), held)
+    settings = rloo.Settings(num_samples=2, kl_coef=0.0, normalize_advantages=True)
+    found = rloo.estimate(experience, Shaper(settings)(experience), settings=settings).tokens["advantages"]
+    unit = torch.tensor(wanted) / torch.tensor(wanted).std()
+    torch.testing.assert_close(torch.stack([row[0] for row in found]), unit)
 
 
 def test_a_kl_that_is_a_loss_is_not_charged_in_the_reward_as_well() -> None:

@@ -99,6 +99,12 @@ def test_bcos_point_is_the_mean_of_the_two_classes_means() -> None:
     assert float(found.statistics["shift"]) == pytest.approx((2.0 + -2.0) / 2)
 
 
+def test_where_all_tokens_weigh_alike_their_logits_are_computed_once() -> None:
+    assert [each.uniform for each in pretrain.passes(pretrain.Settings())] == [True]
+    assert [each.uniform for each in sft.passes(sft.Settings())] == [True]
+    assert [each.uniform for each in sft.passes(sft.Settings(loss="dft"))] == [False]
+
+
 def test_perplexity_is_e_to_the_loss_and_never_too_large_for_a_float() -> None:
     assert pretrain.with_perplexity({"eval/loss": 2.0}) == {"eval/loss": 2.0, "eval/perplexity": math.exp(2.0)}
     assert math.isfinite(pretrain.with_perplexity({"eval/loss": 1e4})["eval/perplexity"])

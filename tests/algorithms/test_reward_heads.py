@@ -197,6 +197,9 @@ def test_each_attribute_learns_from_its_own_pairs_by_hand() -> None:
     # Means 0.5, 0.75, 1.5 and 0.5, 0 against the order of the data: one of four pairs.
     assert metrics["rewards/accuracies"] == 0.25
     assert "reward/disagreement" not in metrics
+    made.scores = torch.tensor([*SCORES[:3], [2.0, 1.0], SCORES[4]], requires_grad=True)
+    metrics = backward(made, reward.passes(given), [batch])
+    assert (metrics["rewards/accuracies/kind"], metrics["rewards/accuracies/right"]) == (1.0, 0.5)
 
 
 def test_what_was_not_judged_teaches_nothing_by_hand() -> None:

@@ -127,7 +127,7 @@ def test_a_build_of_torch_without_the_reordered_product_takes_the_plain_one(monk
     def missing(*_: Any) -> Tensor:
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(module, "LARGE_FOR_FEW", 1)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", missing)
     module._has_onednn.cache_clear()
     weight, states = torch.randn(5, 3), torch.randn(2, 3)

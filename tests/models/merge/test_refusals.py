@@ -114,10 +114,13 @@ def test_wrong_words_are_refused(tmp_path: Path, adapter: Path) -> None:
         merge(adapter, tmp_path / "out", device="abacus")
 
 
-def test_a_merge_that_answers_otherwise_leaves_no_folder(tmp_path: Path, base: Path, adapter: Path) -> None:
-    """Weights beyond 65,504 become infinite in fp16."""
+@pytest.mark.parametrize("scale", [100, 1e3])
+def test_a_merge_that_answers_otherwise_leaves_no_folder(
+    scale: float, tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Large weights have few digits in fp16; those beyond 65,504 become infinite."""
     path = adapter / "adapter_model.safetensors"
-    save_file({key: tensor * 1e3 for key, tensor in load_file(path).items()}, path)
+    save_file({key: tensor * scale for key, tensor in load_file(path).items()}, path)
     with pytest.raises(ModelError, match=r"differs from its adapters by up to .* float16 is 0\.02") as caught:
         merge(adapter, tmp_path / "out", dtype="float16")
     assert "try --dtype float32" in (caught.value.hint or "")
