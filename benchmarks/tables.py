@@ -150,12 +150,52 @@ def invariance(result: Result) -> str:
     return "\n".join(lines)
 
 
+def mutants(result: Result) -> str:
+    """Seeded defects by the part of the package they were put into."""
+    rows = [(case["file"].split("/")[0], case) for case in result["cases"]]
+    lines = ["| in | by hand | drawn | of both, change nothing | caught |", "|---" * 5 + "|"]
+    for part in [*dict.fromkeys(part for part, _ in rows), "all"]:
+        own = [case for at, case in rows if part in (at, "all")]
+        drawn, same = (sum(bool(case[name]) for case in own) for name in ("drawn", "equivalent"))
+        caught = sum(case["caught"] for case in own)
+        name = part if part == "all" else f"`{part}`"
+        lines.append(f"| {name} | {len(own) - drawn} | {drawn} | {same} | {caught} of {len(own) - same} |")
+    return "\n".join(lines)
+
+
+def chaos(result: Result) -> str:
+    """Runs that were killed, by algorithm."""
+    groups = {
+        "in a rollout": ("sampling", "scoring", "measuring", "round write"),
+        "in a checkpoint": ("checkpoint write",),
+    }
+    titles = ["algorithm", "kills", "twice in a row", *groups, "elsewhere", "runs", "files that differ"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for case in result["cases"]:
+        inside = [sum(case["phases"].get(phase, 0) for phase in phases) for phases in groups.values()]
+        told = (case["kills"], case["in_a_row"], *inside, case["kills"] - sum(inside), case["runs"])
+        lines.append(f"| {case['case']} | {' | '.join(map(str, told))} | {len(case['mismatches'])} |")
+    return "\n".join(lines)
+
+
+def parity(result: Result) -> str:
+    """Of each algorithm the worst figure over the numbers of ranks."""
+    metrics = list(dict.fromkeys(case["metric"] for case in result["cases"]))
+    lines = [f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    bounds = [next(c["peer"] for c in result["cases"] if c["metric"] == metric) for metric in metrics]
+    for name in dict.fromkeys(case["case"] for case in result["cases"]):
+        found = [[c["ours"] for c in result["cases"] if (c["case"], c["metric"]) == (name, m)] for m in metrics]
+        lines.append(f"| {name} | {' | '.join(f'{max(each):.1e}' if each else '' for each in found)} |")
+    return "\n".join([*lines, f"| bound | {' | '.join(f'{bound:.0e}' for bound in bounds)} |"])
+
+
 TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {
     "quality": (quality,),
     "hh-raft": (hh_raft, hh_exploit),
     "imdb-sentiment": (imdb,),
     "conformance": (convergence, bias, invariance),
     "relatives": (relatives, relatives_by_seed),
+    "mutants": (mutants,),
 }
 """By the name of the result: the tables that its page shows."""
 

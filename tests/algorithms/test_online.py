@@ -1,4 +1,5 @@
-"""Laws of the algorithms that learn from sampled responses: gradients at known points, shaping, estimates, rounds."""
+"""Laws of the algorithms that learn from sampled responses: gradients at known points, estimates, one gradient
+however a step is split."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from tests.tiny import gradients, models, relative_error, scatter
 
 from fairlead.algorithms import grpo, ppo, reinforce, rloo
 from fairlead.algorithms.mixed import MixedSettings
-from fairlead.algorithms.shaping import Moments, Shaper
+from fairlead.algorithms.shaping import Shaper
 from fairlead.data.pack import by_response, rollout_batch, token_batch, token_fields
 from fairlead.data.render import Tree
 from fairlead.rollout.experience import Experience, measure_tokens
 from fairlead.training.loop import backward
-from fairlead.types import MixedBatch, Support
+from fairlead.types import MixedBatch
 
 TREES = [
     Tree((5, 6, 7), ((8, 9, 1), (8, 4, 5, 6, 1))),
@@ -280,122 +281,6 @@ def test_mixed_text_adds_its_own_mean_gradient() -> None:
     plain = _plain_gradient(models(ROLES), TREES[:2], weights)
     wanted = {name: gradient + plain.get(name, 0.0) for name, gradient in gradients(alone).items()}
     assert relative_error(gradients(made), wanted) < 1e-5
-
-
-# --- shaping -------------------------------------------------------------------------------------------------------
-
-
-def _made_up(**changes: Any) -> Experience:
-    tokens = {
-        "behaviour_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.0])],
-        "reference_logprobs": [torch.tensor([-1.5, -1.0, -0.5]), torch.tensor([-3.0, -1.0])],
-        "values": [torch.zeros(3), torch.zeros(2)],
-        "entropy": [torch.ones(3), torch.ones(2)],
-        "sampled_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.25])],
-    }
-    trees = [Tree((5,), ((6, 7, 1),)), Tree((5,), ((8, 9),))]
-    made = Experience(trees, tokens, torch.tensor([2.0, 1.0]), torch.tensor([True, False]))
-    return replace(made, **changes)
-
-
-def test_shaped_rewards_of_a_round_hold_the_kl_and_the_score_at_the_last_token() -> None:
-    settings = ppo.Settings(kl_coef=0.1, gae_lambda=1.0, whiten_advantages=False, missing_eos_penalty=0.5)
-    shaped = Shaper(settings)(_made_up())
-    # rewards: [-0.05, +0.10, 2.0] and [-0.2, 0.5]; with zero values the advantage is the sum of what follows
-    tokens = ppo.estimate(_made_up(), shaped, settings=settings).tokens
-    torch.testing.assert_close(tokens["advantages"][0], torch.tensor([2.05, 2.10, 2.00]))
-    torch.testing.assert_close(tokens["advantages"][1], torch.tensor([0.30, 0.50]))
-    assert shaped.metrics["objective/kl"] == pytest.approx((-0.5 + 2.0) / 2)
-    assert shaped.metrics["objective/scores"] == 1.5
-
-
-@pytest.mark.parametrize(
-    ("estimator", "rewards"),
-    [("abs", [[-0.05, -0.10, 2.0], [-0.2, 1.0]]), ("k2", [[-0.0125, -0.05, 2.0], [-0.2, 1.0]])],
-)
-def test_the_kl_is_charged_by_the_estimator_asked_for(estimator: Any, rewards: list[list[float]]) -> None:
-    shaped = Shaper(ppo.Settings(kl_coef=0.1, kl_estimator=estimator))(_made_up())
-    for row, wanted in zip(shaped.ragged(shaped.rewards), rewards, strict=True):
-        assert row.tolist() == pytest.approx(wanted)
-    assert shaped.metrics["objective/kl"] == pytest.approx(0.75)  # what a person reads stays k1
-
-
-def test_a_dense_reward_stands_at_its_tokens() -> None:
-    dense = [torch.tensor([0.5, 0.5, 1.0]), torch.tensor([1.0, 0.0])]
-    experience = _made_up()
-    experience.tokens["dense"] = dense
-    shaped = Shaper(ppo.Settings(kl_coef=0.0, missing_eos_penalty=0.25))(experience)
-    assert shaped.ragged(shaped.rewards)[0].tolist() == [0.5, 0.5, 1.0]
-    assert shaped.ragged(shaped.rewards)[1].tolist() == [1.0, -0.25]
-
-
-def test_moments_of_groups_are_those_of_all_numbers_together() -> None:
-    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 100
-    found = Moments() | values[:3] | values[3:40] | values[40:]
-    assert found.mean == pytest.approx(float(values.mean()), abs=1e-10)
-    assert found.deviation == pytest.approx(float(values.std()), abs=1e-10)
-
-
-def test_scores_are_scaled_by_the_rounds_so_far_and_then_clipped() -> None:
-    shaper = Shaper(ppo.Settings(kl_coef=0.0, reward_scaling="running", reward_clip=2.0))
-    first, second = torch.tensor([1.0, 3.0]), torch.tensor([11.0, 5.0])
-    torch.testing.assert_close(shaper(_made_up(scores=first)).scores, (first / first.std()).clamp(-2, 2))
-    shaper.finish_round()
-    wanted = (second / torch.cat([first, second]).std()).clamp(-2, 2)
-    torch.testing.assert_close(shaper(_made_up(scores=second)).scores, wanted)
-
-
-def test_a_baseline_is_taken_off_the_score_after_it_was_clipped_and_a_person_reads_the_score_itself() -> None:
-    settings = ppo.Settings(kl_coef=0.0, reward_clip=1.5, reward_baseline=0.5, missing_eos_penalty=0.25)
-    shaped = Shaper(settings)(_made_up())
-    assert shaped.rewards.sum(1).tolist() == [1.0, 0.25]  # scores 2 and 1, the second cut off
-    assert shaped.metrics["objective/scores"] == 1.5
-
-
-def test_scores_scaled_by_the_first_round_stay_in_its_unit() -> None:
-    shaper = Shaper(ppo.Settings(kl_coef=0.0, reward_scaling="first", reward_center=True))
-    first, second = torch.tensor([1.0, 3.0]), torch.tensor([11.0, 5.0])
-    shaper(_made_up(scores=first))
-    shaper.finish_round()
-    for _ in range(2):
-        torch.testing.assert_close(shaper(_made_up(scores=second)).scores, (second - 2) / first.std())
-        shaper.finish_round()
-
-
-def test_the_kl_coefficient_moves_once_a_round_by_zieglers_rule() -> None:
-    """target 0.5, KL 0.75 of 2 responses: the error is cut to 0.2, so the factor is 1 + 0.2 * 2 / 10."""
-    shaper = Shaper(ppo.Settings(kl_coef=0.1, adaptive_kl={"target": 0.5, "horizon": 10}))  # pyright: ignore
-    for wanted in (0.1, 0.104, 0.10816):
-        for _ in range(3):  # a round that is read again is not counted again
-            assert shaper(_made_up()).metrics["objective/kl_coef"] == pytest.approx(wanted)
-        shaper.finish_round()
-    again = Shaper(ppo.Settings(kl_coef=0.1, adaptive_kl={"target": 0.5, "horizon": 10}))  # pyright: ignore
-    again.load_state_dict(shaper.state_dict())
-    assert again(_made_up()).metrics == shaper(_made_up()).metrics
-
-
-def test_a_below_target_kl_makes_the_kl_cheaper() -> None:
-    shaper = Shaper(ppo.Settings(kl_coef=0.1, adaptive_kl={"target": 0.8, "horizon": 10}))  # pyright: ignore
-    shaper(_made_up())
-    shaper.finish_round()
-    assert shaper(_made_up()).metrics["objective/kl_coef"] == pytest.approx(0.1 * (1 + (0.75 / 0.8 - 1) * 2 / 10))
-
-
-# --- experience ----------------------------------------------------------------------------------------------------
-
-
-def test_experience_is_the_same_after_it_was_written() -> None:
-    support = Support(torch.tensor([4, 9, 1, 8]), torch.tensor([2, 0, 1, 0, 1]), torch.tensor([-1, 1, -1, -1, -1]))
-    made = _made_up(parts={"a": torch.tensor([1.0, 2.0])}, support=support, measured={"distinct_2": 1 / 3})
-    again = Experience.from_tensors(made.tensors())
-    assert again.trees == made.trees and again.measured == made.measured
-    torch.testing.assert_close(again.tokens, made.tokens, rtol=0, atol=0)
-    torch.testing.assert_close(again.parts, made.parts, rtol=0, atol=0)
-    chosen = again.support_of([1, 0])
-    assert chosen is not None
-    assert chosen.kept.tolist() == [8, 4, 9, 1]
-    assert chosen.counts.tolist() == [0, 1, 2, 0, 1]
-    assert chosen.banned.tolist() == [-1, -1, -1, 1, -1]
 
 
 def test_a_token_whose_ratio_explodes_is_left_out_and_counted() -> None:

@@ -15,7 +15,7 @@ from fairlead.conformance.staged import staged
 from fairlead.conformance.tasks import Task
 from fairlead.data.render import Tree
 from fairlead.rollout.experience import CHECKED, Collector, Experience, trees_of
-from fairlead.types import Prompt, Rollout
+from fairlead.types import Prompt, Rollout, Support
 
 TASK = Task("abc", 2, ("a b", "b c", "c a", "a a"), seed=5)
 COPIES, SAMPLES, TEMPERATURE = 5, 3, 0.6
@@ -103,6 +103,31 @@ def test_what_was_drawn_of_the_likeliest_tokens_is_measured_among_these(tmp_path
     for trainers, samplers, whole in rows:
         torch.testing.assert_close(trainers, samplers, atol=1e-6, rtol=0)
         assert bool((trainers > whole).all())
+
+
+def test_experience_is_the_same_after_it_was_written() -> None:
+    tokens = {
+        "sampled_logprobs": [torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -1.25])],
+        "values": [torch.zeros(3), torch.ones(2)],
+    }
+    made = Experience(
+        [Tree((5,), ((6, 7, 1),)), Tree((5,), ((8, 9),))],
+        tokens,
+        torch.tensor([2.0, 1.0]),
+        torch.tensor([True, False]),
+        parts={"a": torch.tensor([1.0, 2.0])},
+        support=Support(torch.tensor([4, 9, 1, 8]), torch.tensor([2, 0, 1, 0, 1]), torch.tensor([-1, 1, -1, -1, -1])),
+        measured={"distinct_2": 1 / 3},
+    )
+    again = Experience.from_tensors(made.tensors())
+    assert again.trees == made.trees and again.measured == made.measured
+    torch.testing.assert_close(again.tokens, made.tokens, rtol=0, atol=0)
+    torch.testing.assert_close(again.parts, made.parts, rtol=0, atol=0)
+    chosen = again.support_of([1, 0])
+    assert chosen is not None
+    assert chosen.kept.tolist() == [8, 4, 9, 1]
+    assert chosen.counts.tolist() == [0, 1, 2, 0, 1]
+    assert chosen.banned.tolist() == [-1, -1, -1, 1, -1]
 
 
 def test_a_prompt_with_one_response_is_a_tree_of_one() -> None:
