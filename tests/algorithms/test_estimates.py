@@ -38,6 +38,16 @@ def test_ppo_whitens_over_the_tokens_of_responses_and_no_padding() -> None:
     torch.testing.assert_close(torch.cat(list(got)), _whitened(list(raw)))
 
 
+def test_rewards_are_whitened_over_the_tokens_of_responses_and_keep_their_mean() -> None:
+    experience = _round([1.0, -2.0, 0.5, 3.0])
+    settings = ppo.Settings(kl_coef=0.1, gae_lambda=1.0, whiten_rewards=True)
+    shaped = Shaper(settings)(experience)
+    spread = float(torch.cat(shaped.ragged(shaped.rewards)).std(correction=0))
+    returns = ppo.estimate(experience, shaped, settings=settings).tokens["returns"]
+    for row, rewards in zip(returns, shaped.ragged(shaped.rewards), strict=True):
+        torch.testing.assert_close(row, (rewards / spread).flip(0).cumsum(0).flip(0))
+
+
 def test_what_the_values_explain_is_one_less_the_share_of_the_variance_that_is_left() -> None:
     experience, settings = _round([1.0, -2.0, 0.5, 3.0]), ppo.Settings(kl_coef=0.1)
     found = ppo.estimate(experience, Shaper(settings)(experience), settings=settings)

@@ -82,6 +82,32 @@ def test_odpo_pushes_a_pair_apart_by_its_margin() -> None:
     assert metrics["loss"] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_rdpo_takes_the_longer_chosen_response_off_by_its_tokens() -> None:
+    """At the reference the loss of a pair is -log sigmoid(coef * (tokens of chosen - tokens of rejected)), Park et al.
+    2024, equation 9; both sides of equal length are not touched."""
+    made, trees = models(("policy", "reference")), PAIRS
+    reference = [row for rows in _reference(made, trees) for row in rows]
+    metrics = backward(made, dpo.passes(dpo.Settings(length_penalty=0.3)), [_pairs(trees, reference, packed=True)])
+    longer = [len(tree.responses[0]) - len(tree.responses[1]) for tree in trees]
+    assert metrics["loss"] == pytest.approx(sum(math.log1p(math.exp(-0.3 * n)) for n in longer) / 4, abs=1e-5)
+
+
+def test_the_rewards_of_a_pair_are_beta_times_its_log_ratios() -> None:
+    made = models(("policy", "reference"), dtype=torch.float64)
+    fixed = _reference(made, PAIRS)
+    scatter(made, 0.3)
+    moved = [float(row.sum()) for row in measure_tokens(made, PAIRS, temperature=1.0, budget=4096)["behaviour_logprobs"]]
+    chosen, rejected = moved[::2], moved[1::2]
+    was_chosen, was_rejected = ([float(rows[side].sum()) for rows in fixed] for side in (0, 1))
+    batch = _pairs(PAIRS, [row for rows in fixed for row in rows], packed=True)
+    metrics = backward(made, dpo.passes(dpo.Settings(beta=0.2)), [batch])
+    for name, now, before in (("chosen", chosen, was_chosen), ("rejected", rejected, was_rejected)):
+        wanted = sum(0.2 * (a - b) for a, b in zip(now, before, strict=True)) / 4
+        assert metrics[f"rewards/{name}"] == pytest.approx(wanted, rel=1e-5)
+        assert metrics[f"logps/{name}"] == pytest.approx(sum(now) / 4, rel=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+
+
 def test_bcos_point_is_the_mean_of_the_two_classes_means() -> None:
     """Of three good responses and a bad one the mean of all would lie nearer to the good ones (Jung et al. 2024)."""
     trees = [Tree(tree.prompt, tree.responses[:1]) for tree in PAIRS]

@@ -54,6 +54,7 @@ def test_a_sound_run_raises_none(tmp_path: Path) -> None:
     ("name", "broken"),
     [
         ("reward_constant", {"objective/scores_std": 0.0}),
+        ("reward_jump", {"objective/scores": 1.1}),
         ("kl_negative", {"objective/kl": -0.4}),
         ("sampler_mismatch", {"rollout/sampler_difference_mean": 0.1}),
         ("ratio", {"policy/ratio": 12.0}),

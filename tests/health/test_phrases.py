@@ -41,6 +41,12 @@ def test_it_names_the_mark_with_its_shares(rounds: Path) -> None:
     assert _said(rounds, 3).startswith("'#' has become 18% of what is learned from, 0.6% of the first samples: ")
 
 
+@pytest.mark.parametrize(("mark", "told"), [("\N{FIRE}", "\N{FIRE}"), ("```", "`")])
+def test_it_names_emojis_and_code_fences(mark: str, told: str, rounds: Path) -> None:
+    _write(rounds, 3, "selected", [f"{mark} {text} {mark}" for text in SOUND])
+    assert f"'{told}' has become" in _said(rounds, 3)
+
+
 def test_where_nothing_is_selected_it_reads_what_was_scored_and_not_discarded(rounds: Path) -> None:
     _write(rounds, 1, "scored", HASHES)
     assert "'#'" in _said(rounds, 1)

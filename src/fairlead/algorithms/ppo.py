@@ -58,6 +58,9 @@ class Settings(OnlineSettings):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     value_clip_range: float | None = Field(default=0.2, gt=0)
     value_coef: float = Field(default=0.1, ge=0)
+    whiten_rewards: bool = False
+    """What is rewarded at each token, KL included, is scaled to unit variance over all tokens of the round; its mean
+    stays."""
     whiten_advantages: bool = True
     """Advantages of a round are scaled to mean zero and unit variance over all its tokens."""
     value: ValueSettings = ValueSettings()
@@ -88,10 +91,10 @@ def passes(settings: Settings) -> tuple[Pass, ...]:
 def estimate(experience: Experience, shaped: Shaped, *, settings: Settings) -> Estimate:
     """Advantages and returns of a round by GAE over the shaped rewards."""
     values = dense(experience.tokens["values"])
-    advantages, returns = gae(
-        shaped.rewards, values, shaped.lengths, gamma=settings.gamma, gae_lambda=settings.gae_lambda
-    )
-    inside = shaped.inside
+    inside, rewards = shaped.inside, shaped.rewards
+    if settings.whiten_rewards:
+        rewards = whiten(rewards, inside, center=False)
+    advantages, returns = gae(rewards, values, shaped.lengths, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
     error = returns[inside] - values[inside]
     explained = 1 - float(error.var() / returns[inside].var().clamp(min=1e-12)) if len(error) > 1 else 0.0
     if settings.whiten_advantages:

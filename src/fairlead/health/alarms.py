@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairlead.health.phrases import phrase_rule
-from fairlead.health.rules import BEGINNING, RULES, Rule
+from fairlead.health.rules import BEGINNING, LAST, RULES, Rule
 from fairlead.tracking.run_directory import RunDirectory
 from fairlead.types import Progress
 
@@ -24,6 +24,7 @@ class Alarms:
         self._raised = set[str]()
         self._round = 0
         self._beginning: dict[str, list[float]] = {}
+        self._last: dict[str, float] = {}
 
     def after_step(self, progress: Progress) -> None:
         metrics = {name: value for name, value in progress.metrics.items() if math.isfinite(value)}
@@ -31,6 +32,7 @@ class Alarms:
             return
         self._round = int(metrics.get("rollout/round", self._round))
         start = {name: sum(seen) / len(seen) for name, seen in self._beginning.items()}
+        start |= {f"{LAST}{name}": value for name, value in self._last.items()}
         for rule in self._rules:
             if progress.step < rule.since or not all(name in metrics for name in rule.needs):
                 continue
@@ -40,6 +42,7 @@ class Alarms:
             elif rule.name not in self._raised:
                 self._raised.add(rule.name)
                 self._raise(progress.step, rule.name, message)
+        self._last |= metrics
         for name, value in metrics.items():
             seen = self._beginning.setdefault(name, [])
             if len(seen) < BEGINNING:
@@ -54,10 +57,11 @@ class Alarms:
     def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        return {"raised": sorted(self._raised), "beginning": self._beginning, "round": self._round}
+        return {"raised": sorted(self._raised), "beginning": self._beginning, "last": self._last, "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._raised, self._round = set(state["raised"]), int(state["round"])
+        self._last = dict(state["last"])
         self._beginning = {name: [float(value) for value in seen] for name, seen in state["beginning"].items()}
 
 

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 BEGINNING = 3
 """Measurements that a run's beginning is the mean of."""
 
+JUMP = 2.0
+"""Standard deviations of a round's scores by which the mean of the next one may be higher."""
+LAST = "last/"
+"""Before the name of a metric: its value when it was measured the time before."""
+
 Values = Mapping[str, float]
 
 
@@ -21,7 +26,7 @@ class Rule:
     needs: tuple[str, ...]
     """The metrics it reads; it is silent on a step without one of them."""
     check: Callable[[Values, Values], str | None]
-    """(this step's, the means of the beginning's) -> what is wrong, and what to do."""
+    """(this step's, the means of the beginning's and the last ones) -> what is wrong, and what to do."""
     since: int = 1
     """The first step that it looks at: the metrics of step 1 are of the model as it was."""
 
@@ -32,6 +37,18 @@ def _constant(now: Values, _: Values) -> str | None:
     return (
         f"every response of the round scores {now['objective/scores']:.4g}, so nothing can be learned: the reward does "
         "not tell them apart"
+    )
+
+
+def _jump(now: Values, start: Values) -> str | None:
+    before, spread = (start.get(f"{LAST}objective/{name}", 0.0) for name in ("scores", "scores_std"))
+    after = now["objective/scores"]
+    if not spread or after - before <= JUMP * spread:
+        return None
+    return (
+        f"the mean score rose from {before:.4g} to {after:.4g} in one round, {(after - before) / spread:.1f} times the "
+        "spread of the scores before it: see what is paid for (marks, code fences, one phrase), and discard it or "
+        "raise kl_coef"
     )
 
 
@@ -122,6 +139,7 @@ def _chosen_falls(now: Values, _: Values) -> str | None:
 
 RULES: Sequence[Rule] = (
     Rule("reward_constant", ("objective/scores", "objective/scores_std"), _constant),
+    Rule("reward_jump", ("objective/scores",), _jump),
     Rule("kl_negative", ("objective/kl",), _kl_negative),
     Rule("sampler_mismatch", ("rollout/sampler_difference_mean",), _mismatch),
     Rule("ratio", ("policy/ratio",), _ratio),
