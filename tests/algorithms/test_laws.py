@@ -96,15 +96,16 @@ def test_the_rewards_of_a_pair_are_beta_times_its_log_ratios() -> None:
     made = models(("policy", "reference"), dtype=torch.float64)
     fixed = _reference(made, PAIRS)
     scatter(made, 0.3)
-    moved = [float(row.sum()) for row in measure_tokens(made, PAIRS, temperature=1.0, budget=4096)["behaviour_logprobs"]]
+    now = measure_tokens(made, PAIRS, temperature=1.0, budget=4096)["behaviour_logprobs"]
+    moved = [float(row.sum()) for row in now]
     chosen, rejected = moved[::2], moved[1::2]
     was_chosen, was_rejected = ([float(rows[side].sum()) for rows in fixed] for side in (0, 1))
     batch = _pairs(PAIRS, [row for rows in fixed for row in rows], packed=True)
     metrics = backward(made, dpo.passes(dpo.Settings(beta=0.2)), [batch])
-    for name, now, before in (("chosen", chosen, was_chosen), ("rejected", rejected, was_rejected)):
-        wanted = sum(0.2 * (a - b) for a, b in zip(now, before, strict=True)) / 4
+    for name, after, before in (("chosen", chosen, was_chosen), ("rejected", rejected, was_rejected)):
+        wanted = sum(0.2 * (a - b) for a, b in zip(after, before, strict=True)) / 4
         assert metrics[f"rewards/{name}"] == pytest.approx(wanted, rel=1e-5)
-        assert metrics[f"logps/{name}"] == pytest.approx(sum(now) / 4, rel=1e-6)
+        assert metrics[f"logps/{name}"] == pytest.approx(sum(after) / 4, rel=1e-6)
     assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
 
 
