@@ -23,6 +23,7 @@ from typing import Any
 from tests.chaos.left import differing, left_behind
 from tests.chaos.runs import furnish, recipe
 from tests.chaos.watch import BEFORE, FIRST, STARTING, Aim, Watch, make_page, phase_in
+from transformers.utils import logging
 
 import fairlead
 
@@ -64,6 +65,7 @@ def once(algorithm: str, place: Path, aim: Aim | None, warn: Connection) -> None
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.chdir(place)
+    logging.disable_progress_bar()  # forks share its lock with their parent, and one that is killed may hold it
     given: Any = ({"algorithm": algorithm}, recipe(algorithm))
     try:
         if aim is None and Path("runs").exists():
