@@ -14,7 +14,7 @@ from fairlead.data.pack import by_response, token_batch
 from fairlead.models.adapters import StartAdapter
 from fairlead.models.export import save_model
 from fairlead.models.heads import RewardHeads
-from fairlead.models.load import load_causal, read_meta
+from fairlead.models.load import load_causal, load_tokenizer, read_meta
 from fairlead.models.merge import merge
 from fairlead.models.roles import Models
 from tests.models.test_adapters import load, saved_base
@@ -242,3 +242,15 @@ def test_generation_stops_at_the_token_that_ends_a_response(tmp_path: Path) -> N
         assert GenerationConfig.from_pretrained(folder).eos_token_id == [7, 1]
     save_model(models(("policy",)), tmp_path / "plain", template="hh", eos=1)
     assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == 1
+
+
+def test_what_is_saved_tells_neither_the_order_of_a_set_nor_how_the_base_was_loaded(tmp_path: Path) -> None:
+    """Both differ from process to process, and a run that goes on in another one is to end with the same bytes."""
+    save_model(models(("policy", "reference"), lora=True), tmp_path / "first", template="plain")
+    told = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    assert len(told["target_modules"]) == 7 * 2 and told["target_modules"] == sorted(told["target_modules"])
+    load_tokenizer(str(tmp_path / "first")).save_pretrained(tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("first", "second")
+    )
+    assert first == second

@@ -307,6 +307,9 @@ def save_adapter(wrapped: Any, name: str, folder: Path, *, score: Tensor | None 
     from safetensors.torch import save_file
 
     config = copy.copy(wrapped.peft_config[name])
+    for key, value in vars(config).items():
+        if isinstance(value, set):  # whose order is another in every process
+            setattr(config, key, sorted(cast(set[str], value)))
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or wrapped.get_base_model().name_or_path or None
     weights = _state(wrapped, name)

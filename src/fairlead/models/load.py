@@ -265,6 +265,8 @@ def load_tokenizer(origin: str) -> Any:
         if brings_code(error):
             raise ModelError(f"{origin}: its tokenizer is code of its own, which is not run", hint=NO_CODE) from error
         raise ModelError(f"{origin}: no tokenizer can be loaded: {error}", hint="give model.tokenizer") from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
