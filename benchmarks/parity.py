@@ -44,8 +44,11 @@ def on_all_sizes(
     def work(ranks: Ranks) -> dict[str, Any]:
         return step(algorithm, ranks, folder / f"run-{ranks.size}", settings, rows)
 
-    alone = on_ranks(1, folder / "1", lambda _: work(Ranks()))
-    return [alone, *(on_ranks(size, folder / str(size), work) for size in sizes)]
+    found = [on_ranks(1, folder / "1", lambda _: work(Ranks()))]
+    found += [on_ranks(size, folder / str(size), work) for size in sizes]
+    if failed := [each for ranks in found for each in ranks if not isinstance(each, dict)]:
+        raise SystemExit(f"{algorithm}: {failed[0]}")
+    return found
 
 
 def differing_tokens(wanted: list[list[int]], got: list[list[int]]) -> tuple[int, int]:
@@ -78,7 +81,7 @@ def cases(algorithm: str, sizes: list[int], folder: Path) -> list[dict[str, Any]
             add(f"gradient in {dtype}", "largest ||difference|| / ||gradient||", worst, bound, size)
     if algorithm in ONLINE:
         more = {f"{algorithm}.{name}": value for name, value in LARGE.items()}
-        more |= {"model.dtype": "float32", "train.batch_size": 8}
+        more |= {"model.dtype": "float32", "train.batch_size": 8, "data.max_length": 64, "data.max_prompt_length": 32}
         alone, *several = on_all_sizes(algorithm, sizes, folder / "tokens", more, PROMPTS)
         for size, ranks in zip(sizes, several, strict=True):
             different, all_tokens = differing_tokens(alone[0]["tokens"], ranks[0]["tokens"])

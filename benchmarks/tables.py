@@ -196,6 +196,8 @@ TABLES: dict[str, tuple[Callable[[Result], str], ...]] = {
     "conformance": (convergence, bias, invariance),
     "relatives": (relatives, relatives_by_seed),
     "mutants": (mutants,),
+    "chaos": (chaos,),
+    "parity": (parity,),
 }
 """By the name of the result: the tables that its page shows."""
 

@@ -12,6 +12,8 @@ PAGES = {
     "hh-raft": DOCS / "concepts" / "raft-on-hh.md",
     "imdb-sentiment": DOCS / "concepts" / "imdb-sentiment.md",
     "conformance": DOCS / "concepts" / "proof.md",
+    "chaos": DOCS / "guides" / "resume.md",
+    "parity": DOCS / "guides" / "many-processes.md",
     "mutants": DOCS / "concepts" / "mutants.md",
     "relatives": DOCS / "concepts" / "raft-ppo-dpo.md",
 }
