@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import json
@@ -175,6 +176,33 @@ def test_a_damaged_zip_is_an_error(tmp_path: Path, damage: str) -> None:
     whole[whole.index(b"PK\x01\x02") + 16] ^= damage == "changed"
     path.write_bytes(bytes(whole[:-9] if damage == "cut" else whole))
     assert "is cut off or damaged" in error_of(path)
+
+
+@pytest.mark.parametrize("kind", ["version", "compression"])
+def test_a_zip_of_a_later_kind_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", b'{"n": 1}\n')
+    whole = bytearray(path.read_bytes())
+    entry = whole.index(b"PK\x01\x02")
+    if kind == "version":
+        whole[entry + 6] = 99
+    else:
+        whole[8] = whole[entry + 10] = 97
+    path.write_bytes(bytes(whole))
+    assert "a.zip cannot be read: " in error_of(path) and "unpack it yourself" in error_of(path)
+
+
+def test_a_folder_that_holds_what_may_not_be_looked_at_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n')
+
+    def refused(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'a.jsonl'} cannot be read: Permission denied")
 
 
 def test_damage_inside_a_tar_is_an_error(tmp_path: Path) -> None:

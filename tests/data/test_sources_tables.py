@@ -108,6 +108,7 @@ def test_whatever_is_quoted_as_it_should_be_is_read(
         (b'a,b\n"x\ny",1\n3\n', ":4: 1 values for 2 columns"),
         (b'a,b\n1,2\n"3,4\n5,6\n', ":3: not CSV: unexpected end of data\nhint: "),
         (b'a,b\n"3"x,4\n', ":2: not CSV: ',' expected after '\"'"),
+        (b"\r\x01", ":1: not CSV: new-line character seen in unquoted field"),
         (b"a,b\n1\r2,3\n", ":2: not CSV: new-line character seen in unquoted field"),
         (b"a,b,a\n1,2,3\n", ": two columns are named 'a'"),
     ],

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pyarrow
 import pytest
+from hypothesis import assume
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
@@ -98,6 +99,7 @@ def test_any_rows_in_memory_are_records_or_an_error(times: int) -> None:
 
     @tried(80 * times, rows, st.sampled_from(RECORDS), columns)
     def holds(given: list[Any], record: RecordType, named: dict[str, str]) -> None:
+        assume(not any(isinstance(each, str) and Path(each).is_absolute() for each in given))  # "/" is all of a disk
         with told():
             load_records(given, record, columns=named)
 

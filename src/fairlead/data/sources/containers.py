@@ -45,7 +45,8 @@ def container_of(path: Path) -> Container | None:
 
 
 def _folder(path: Path) -> Container:
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    with reading(path):
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
 
     def opened(wanted: Collection[str]) -> Opened:
         for name in filter(wanted.__contains__, names):

@@ -34,7 +34,7 @@ def csv_rows(file: io.BufferedReader, name: str, notes: Counter[str]) -> Iterato
     csv.field_size_limit(sys.maxsize)  # of the process; the default refuses values above 128 kB
     lines = decoded_lines(file, name, notes)
     blank, first = next(((number, line) for number, line in enumerate(lines) if line.strip()), (0, ""))
-    delimiter = max(_DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    delimiter = max(_DELIMITERS, key=lambda mark: _parts(first, mark))
     reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     columns: list[str] = []
     line = blank + 1
@@ -58,6 +58,14 @@ def csv_rows(file: io.BufferedReader, name: str, notes: Counter[str]) -> Iterato
                 )
             yield Row(dict(zip(columns, values, strict=True)), f"{name}:{line}")
         line = blank + reader.line_num + 1
+
+
+def _parts(line: str, mark: str) -> int:
+    """Into how many the mark parts it; none where it is no line of a table, which its reader will say."""
+    try:
+        return len(next(csv.reader([line], delimiter=mark), []))
+    except csv.Error:
+        return 0
 
 
 def _columns(names: list[str], place: str) -> list[str]:
