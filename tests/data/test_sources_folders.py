@@ -198,10 +198,14 @@ def test_a_folder_that_holds_what_may_not_be_looked_at_names_it(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n')
 
-    def refused(self: Path) -> bool:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    plain = Path.stat
 
-    monkeypatch.setattr(Path, "is_file", refused)
+    def refused(self: Path, **given: bool) -> os.stat_result:
+        if self.name == "a.jsonl":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return plain(self, **given)
+
+    monkeypatch.setattr(Path, "stat", refused)
     assert error_of(tmp_path).startswith(f"{tmp_path / 'a.jsonl'} cannot be read: Permission denied")
 
 
