@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fairlead.errors import ConfigError, ModelError, RunError
 from fairlead.evaluation import evaluate
+from fairlead.models import precision
 from fairlead.rollout.native import NativeSampler
 from fairlead.types import Prompt, Rollout
 
@@ -169,6 +170,14 @@ def test_perplexity_is_that_of_transformers_on_the_responses(runs: Runs):
         nats, tokens = nats - sum_of_logprobs(model, rollout, 1.0), tokens + len(response)
     assert found["reference"]["perplexity"]["mean"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert set(found["reference"]) == {"perplexity"}
+
+
+def test_a_policy_multiplies_in_the_type_of_its_training(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    """fp32 weights in bfloat16, where a device is fast at it."""
+    exact = evaluate([runs.reference], demonstrations=DEMONSTRATIONS)["reference"]["perplexity"]["mean"]
+    monkeypatch.setattr(precision, "fast_at_bf16", lambda _: True)
+    half = evaluate([runs.reference], demonstrations=DEMONSTRATIONS)["reference"]["perplexity"]["mean"]
+    assert half != exact and half == pytest.approx(exact, rel=1e-2)
 
 
 def test_a_reward_model_is_measured_on_pairs(runs: Runs):

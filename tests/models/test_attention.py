@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 from fairlead.config import ModelSection
 from fairlead.data.pack import by_response, token_batch
 from fairlead.errors import ConfigError, ModelError
-from fairlead.models import attention
+from fairlead.models import attention, gpu_attention
 from fairlead.models.attention import Forest, forest_attention
 from fairlead.models.gpu_attention import BLOCK, block_mask
 from fairlead.models.load import load_base
@@ -95,6 +98,34 @@ def test_flex_attention_with_our_block_mask_is_the_definition(
         blocks = block_mask(batch.subtree_end, batch.position_ids, window)
         got = flex(q, k, v, blocks, scaling=None, softcap=softcap).transpose(1, 2)
     torch.testing.assert_close(got, _definition(q, k, v, _visible(batch, window), softcap))
+
+
+def test_rows_of_many_shapes_and_windows_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten graphs, where torch's own limit is 8: above it flex attention would hold every score."""
+    from torch._dynamo import config
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(config, "cache_size_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    gpu_attention._compiled.cache_clear()
+    compiled = gpu_attention._compiled()
+    monkeypatch.setattr(gpu_attention, "_plain", lambda: compiled)
+    packed = [token_batch(TREES * number, packed=True, pad_id=0) for number in (9, 8, 1, 12, 11, 2)]
+    padded = [token_batch(TREES * number, packed=False, pad_id=0) for number in (1, 2, 3)]
+    with torch.no_grad():
+        for batch in (*packed, *padded):
+            rows, width = batch.input_ids.shape
+            for window in (None, 5):
+                q, k, v = _states(width, 2, rows, size=16)
+                gpu_attention.flex(q, k, v, Forest.of(batch).blocks(window), scaling=None, softcap=None)
+    gpu_attention._compiled.cache_clear()
+    assert 8 < len(graphs) <= 12
 
 
 @pytest.mark.parametrize("window", [None, 20, 280])

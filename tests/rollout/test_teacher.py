@@ -14,11 +14,12 @@ from tests.tiny import CPU, base, tokenizer
 from fairlead.config import ScratchSection
 from fairlead.data.render import Renderer
 from fairlead.errors import ModelError
+from fairlead.models import precision
 from fairlead.models.export import save_model
 from fairlead.models.load import build, prepare, train_tokenizer
 from fairlead.models.roles import Models
 from fairlead.rollout.native import NativeSampler
-from fairlead.rollout.teacher import TeacherSampler, open_teacher
+from fairlead.rollout.teacher import TeacherSampler, open_policy, open_teacher
 from fairlead.types import Prompt, Rollout, Sampling
 
 PROMPTS = [Prompt("why?"), Prompt("the lamp")]
@@ -82,6 +83,18 @@ def test_a_saved_model_with_a_tokenizer_of_its_own_answers_what_it_would_by_itse
     alone = NativeSampler(Models(made, ("policy",)), Renderer(words, template="plain", max_length=64))
     given: Any = {"sampling": Sampling(8), "key": (5, "x"), "num_samples": 3}
     assert [r.text for r in teacher.generate(PROMPTS, **given)] == [r.text for r in alone.generate(PROMPTS, **given)]
+
+
+def test_a_teacher_multiplies_in_what_the_device_is_fast_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(Models(base(), ("policy",)), tmp_path / "teacher", template="plain", eos=1)
+    kinds = list[torch.dtype]()
+    for fast in (False, True):
+        monkeypatch.setattr(precision, "fast_at_bf16", lambda _, fast=fast: fast)
+        models, _ = open_policy(str(tmp_path / "teacher"), "teacher", max_length=64, device=CPU)
+        assert models.causal.dtype == torch.float32
+        with models.autocast():
+            kinds.append(torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype)
+    assert kinds == [torch.float32, torch.bfloat16]
 
 
 def test_a_reward_model_is_no_teacher(tmp_path: Path) -> None:

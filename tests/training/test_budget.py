@@ -75,7 +75,20 @@ def test_what_fits_nowhere_is_an_error_that_says_what_to_do(tmp_path: Path, monk
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17.75 GB)",
+    ],
+)
+def test_want_of_memory_is_known_by_what_is_said_of_it(said: str) -> None:
+    assert is_out_of_memory(RuntimeError(said))
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(MemoryError())
     budget = TokenBudget(40)

@@ -306,6 +306,16 @@ def test_the_state_goes_out_and_in_bit_for_bit(given: dict[str, str]) -> None:
         assert torch.equal(uninterrupted[key], continued[key])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "adafactor", "adamw-8bit", "lion-8bit"])
+def test_a_step_is_known_as_a_write_of_every_weight(name: str) -> None:
+    """By which a sampler knows that its copy of the weights is old; fused and 8-bit steps say nothing of it."""
+    given = parameters()
+    optimizer, before = Optimizer(section(name=name), given, 2), {key: each._version for key, each in given.items()}
+    fill_gradients(given, 1)
+    optimizer.step(1)
+    assert all(each._version > before[key] for key, each in given.items())
+
+
 @pytest.mark.parametrize("name", ["adamw", "adam", "lion", "adafactor", "adamw-8bit"])
 def test_what_has_forgotten_steps_as_a_new_one(name: str) -> None:
     used, new = parameters(), parameters()

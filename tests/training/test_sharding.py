@@ -50,6 +50,7 @@ def test_a_rank_holds_its_share_of_every_weight(tmp_path: Path) -> None:
         held = sum(p.to_local().numel() for p in made.trainable.values())  # pyright: ignore
         with made.whole():
             whole = sum(p.numel() for p in made.parameters())
+            assert all(p.requires_grad for p in made.parameters())  # else autocast casts them for every token
         return [total, held, whole]
 
     first, second = on_ranks(2, tmp_path, work)

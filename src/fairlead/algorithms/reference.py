@@ -93,8 +93,7 @@ def measure(models: Models, batches: Iterator[TokenBatch], trees: Sequence[Tree]
     try:
         with models.use("reference"):
             for batch in batches:
-                batch = batch.to(models.device)
-                flat += [values.cpu() for values in by_response(models(batch, _NEEDS).logprobs, batch)]
+                flat += by_response(models(batch.to(models.device), _NEEDS).logprobs.cpu(), batch)
     finally:
         models.train()
     start = 0

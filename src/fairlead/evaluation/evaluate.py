@@ -33,6 +33,7 @@ from fairlead.evaluation.answers import (
 from fairlead.evaluation.metrics import Estimate, perplexity
 from fairlead.evaluation.reward_quality import judge, measure
 from fairlead.models.load import load_base, load_tokenizer, pick_device, read_meta
+from fairlead.models.precision import autocast_of
 from fairlead.models.roles import Models
 from fairlead.rollout.experience import measure_tokens
 from fairlead.rollout.rewards import open_model
@@ -222,7 +223,7 @@ def _policy(run: Run, device: torch.device) -> Models:
     adapter = model.adapter if model.quantize else None
     section = ModelSection(path=str(run.directory.path), dtype=model.dtype, adapter=adapter, quantize=model.quantize)
     base = load_base(section, run.tokenizer, run.template, seed=0, device=device)
-    return Models(base, ("policy",), adapter=adapter)
+    return Models(base, ("policy",), adapter=adapter, autocast=autocast_of(section, device))
 
 
 def _evaluate_policy(run: Run, plan: Plan, base: Answers | None) -> dict[str, Any]:

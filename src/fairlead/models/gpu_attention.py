@@ -16,6 +16,9 @@ LEAST_WIDTH = 16
 """Dimensions of a head below which flex attention has no kernel."""
 BLOCK = 128
 """Tokens of a block of flex attention's mask."""
+GRAPHS = 64
+"""That flex attention is compiled to, at most: with and without gradients, for each window, for one row and several,
+one block and several, and the first length of each. Ten or twenty; above torch's own limit of 8 nothing is fused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,4 +159,7 @@ def _plain() -> Any:
 @functools.cache
 def _compiled() -> Any:
     """Fused; without compiling, flex attention holds every score."""
+    from torch._dynamo import config
+
+    config.cache_size_limit = max(config.cache_size_limit, GRAPHS)  # its name in all versions
     return torch.compile(_plain())

@@ -188,13 +188,13 @@ def _grow(model: Any, rows: int, seed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: the GPU of this rank on its machine, where there are GPUs."""
+    """cuda: the GPU of this rank on its machine; auto: the same where there are GPUs."""
+    rank = os.environ.get("LOCAL_RANK")
+    gpu = "cuda" if rank is None else f"cuda:{rank}"
     if name == "auto":
-        rank = os.environ.get("LOCAL_RANK")
-        gpu = "cuda" if rank is None else f"cuda:{rank}"
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(gpu if name == "cuda" else name)
     except RuntimeError as error:
         raise ConfigError(f"model.device={name!r} is no device", hint="auto, cpu, cuda, cuda:1 ...") from error
     if device.type == "cuda" and not torch.cuda.is_available():

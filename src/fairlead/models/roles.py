@@ -228,11 +228,11 @@ class Models(nn.Module):
         network = self.active_network()
         kept = offloaded(self.parameters()) if self._offload else contextlib.nullcontext()
         read = read_places(batch, tokens=bool(needs - {"scores"}), ends="scores" in needs)
+        rows, columns = batch.loss_mask.nonzero(as_tuple=True)  # asked before the trunk, for which a GPU would wait
         with kept, self.autocast():
             hidden = self._trunk(network, batch, read)
         outputs: dict[str, Tensor] = {}
         if needs - {"scores"}:
-            rows, columns = batch.loss_mask.nonzero(as_tuple=True)
             before = hidden[rows, batch.previous[rows, columns]]
             if needs & {"logprobs", "entropy"}:
                 targets, with_entropy = batch.input_ids[rows, columns], "entropy" in needs

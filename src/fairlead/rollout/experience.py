@@ -379,14 +379,14 @@ def measure_tokens(
     for group in micro_batches([tree.num_tokens for tree in trees], budget, packed=models.forest):
         batch = token_batch([trees[i] for i in group], packed=models.forest, pad_id=0)
         responses = [at for i in group for at in range(first[i], first[i + 1])]
-        batch = replace(batch, support=support_of(responses)).to(models.device)
+        batch = replace(batch, support=support_of(responses))
+        given = batch.to(models.device)
         for role, fields in (each for each in wanted if each[1]):
             with models.use(role):
-                outputs: Any = models(batch, frozenset(fields), temperature)
+                outputs: Any = models(given, frozenset(fields), temperature)
             for field_name, name in fields.items():
-                result[name] += [row.float().cpu() for row in by_response(getattr(outputs, field_name), batch)]
+                result[name] += by_response(getattr(outputs, field_name).float().cpu(), batch)
         if whole_kl:
-            kl = models.divergence(batch, temperature)
-            result["whole_kl"] += [row.float().cpu() for row in by_response(kl, batch)]
+            result["whole_kl"] += by_response(models.divergence(given, temperature).float().cpu(), batch)
     models.train()
     return result

@@ -12,6 +12,7 @@ from fairlead.config import ModelSection
 from fairlead.data.render import Renderer
 from fairlead.errors import ModelError
 from fairlead.models.load import load_base, load_tokenizer, read_meta, resolve_folder
+from fairlead.models.precision import autocast_of
 from fairlead.models.roles import Models
 from fairlead.rollout.engines import Engine, open_sampler
 from fairlead.rollout.screen import rewritten
@@ -64,5 +65,8 @@ def open_policy(
     if meta.get("role", "policy") != "policy":
         raise ModelError(f"{name}={path} is a {meta['role']} model, which answers nothing", hint="give a policy")
     tokenizer, own = load_tokenizer(path), meta.get("template")
-    base = load_base(ModelSection(path=path), tokenizer, own, seed=0, device=device)
-    return Models(base, ("policy",)), Renderer(tokenizer, template=own or template, max_length=max_length)
+    section = ModelSection(path=path)
+    models = Models(
+        load_base(section, tokenizer, own, seed=0, device=device), ("policy",), autocast=autocast_of(section, device)
+    )
+    return models, Renderer(tokenizer, template=own or template, max_length=max_length)

@@ -34,9 +34,12 @@ class TokenBudget:
         self.tokens, self.halved = int(state["tokens"]), [int(step) for step in state["halved"]]
 
 
+SAID = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+"""By torch's CPU allocator, by the driver and by cuBLAS, which ask for memory of their own, and by Macs."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error, or what torch's CPU allocator says."""
-    said = str(error)
+    """torch's error, or what others say of it."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "memory" in said
+        isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
     )

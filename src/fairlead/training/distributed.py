@@ -40,12 +40,12 @@ def start(device: torch.device, timeout: float) -> Iterator[Ranks]:
 
     ``timeout`` is how many seconds they wait for one of them. Raises RanksError in those that waited in vain.
     """
+    if device.type == "cuda" and device.index is not None:  # some kernels are started on the current one
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     store, rank, size = _meet()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart, addresses in it do not
     prefix = f"fairlead/{attempt}/{next(_runs)}"
     group = Group(PrefixStore(prefix, store), rank, size, device=device, timeout=timeout)

@@ -43,6 +43,8 @@ class Optimizer:
         for group in self._torch.param_groups:
             group["lr"] = rate
         self._torch.step()
+        for parameter in self._parameters:  # fused and 8-bit steps write where autograd does not see it
+            torch.autograd.graph.increment_version(parameter)
         self._torch.zero_grad(set_to_none=True)
         return rate
 
@@ -94,6 +96,8 @@ class Optimizer:
             elif value.shape == local(parameter).shape:  # fused steps walk both side by side: the same strides
                 state[field] = torch.empty_like(parameter, dtype=value.dtype)
                 local(state[field]).copy_(value)
+            elif value.ndim == 0 and not self._torch.defaults.get("fused"):
+                state[field] = value  # a counter that is read on the CPU at every step
             else:
                 state[field] = value.to(parameter.device)
 

@@ -84,7 +84,8 @@ def _lent(models: Models) -> Generator[None]:
             if isinstance(parameter, DTensor):
                 if id(parameter) not in gathered:  # a tied one once
                     whole = cast(Tensor, parameter.full_tensor()).detach()
-                    gathered[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+                    # autocast keeps its copies of what requires gradients, and of nothing else
+                    gathered[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                 parameters[name] = gathered[id(parameter)]
     hooks = [(module, name, getattr(module, name)) for module in modules for name in HOOKS]
     try:
