@@ -126,9 +126,12 @@ def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> N
         "stages.pretrain.data.limit": 40,
         "stages.pretrain.data.eval_fraction": 0.2,
         "stages.ppo.model.adapter.last": 2,
+        "stages.raft.model.adapter.last": 2,
         "stages.ppo.ppo.rollout_size": 4,
         "stages.ppo.ppo.max_new_tokens": 8,
         "stages.ppo.ppo.eval_samples": 2,
+        "stages.raft.raft.rollout_size": 4,
+        "stages.raft.raft.max_new_tokens": 8,
         "stages.evaluation.num_prompts": 4,
         "stages.evaluation.max_new_tokens": 8,
     }
@@ -137,11 +140,11 @@ def test_imdb_sentiment_runs_from_the_reviews_to_the_report(tmp_path: Path) -> N
         rows = [{"prompt": "", "response": f"{word} film", "label": word == "good"} for word in ("good", "bad")]
         held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         small[f"stages.{stage}.data.eval_path"] = str(held_out)
-    for stage in ("pretrain", "classifier", "second", "ppo"):
+    for stage in ("pretrain", "classifier", "second", "ppo", "raft"):
         small |= {f"stages.{stage}.train.steps": 2, f"stages.{stage}.train.batch_size": 4}
     summary = run_pipeline("imdb-sentiment", small)
     assert summary["status"] == "finished"
-    for run in ("pretrain", "ppo"):
+    for run in ("pretrain", "ppo", "raft"):
         found = summary["models"][run]["metrics"]
         assert 0 < found["positive"]["mean"] < 1 and 0 < found["second"]["mean"] < 1
     folder = tmp_path / "imdb-sentiment"
