@@ -58,6 +58,26 @@ def test_a_rank_holds_its_share_of_every_weight(tmp_path: Path) -> None:
     assert abs(first[1] - second[1]) < 0.02 * first[0]
 
 
+def test_activations_of_sharded_weights_can_be_offloaded(tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> list[float]:
+        from tests.tiny import TREES, models
+
+        from fairlead.algorithms import sft
+        from fairlead.data.pack import token_batch
+        from fairlead.training.loop import backward
+
+        norms: list[float] = []
+        for offloads in (False, True):
+            made = models(("policy",), offload_activations=offloads)
+            shard(made, ranks)
+            backward(made, sft.passes(sft.Settings()), [token_batch(TREES, packed=True, pad_id=0)], ranks)
+            norms.append(sum(float(p.grad.full_tensor().norm()) for p in made.trainable.values()))  # pyright: ignore
+        return norms
+
+    (plain, offloaded), _ = on_ranks(2, tmp_path, work)
+    assert plain == offloaded > 0
+
+
 def test_a_checkpoint_in_two_shards_continues_on_one_rank_and_on_three(tmp_path: Path) -> None:
     more = {"model.dtype": "float64", **SHARDED}
     started(2, tmp_path / "forks", run("ppo", tmp_path / "two", **more))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ SMALLEST = 1 << 20
 
 def offloaded(parameters: Iterable[Tensor], smallest: int = SMALLEST) -> torch.autograd.graph.saved_tensors_hooks:
     """A context for the forward pass. As torch's `save_on_cpu`, but weights, which are saved too, are not copied."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    weights = {_local(parameter).untyped_storage().data_ptr() for parameter in parameters}
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         device = tensor.device
@@ -27,3 +28,8 @@ def offloaded(parameters: Iterable[Tensor], smallest: int = SMALLEST) -> torch.a
         return kept.to(device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _local(parameter: Any) -> Tensor:
+    """Of a sharded weight, which itself lies nowhere, this rank's part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
