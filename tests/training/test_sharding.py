@@ -58,6 +58,15 @@ def test_a_rank_holds_its_share_of_every_weight(tmp_path: Path) -> None:
     assert abs(first[1] - second[1]) < 0.02 * first[0]
 
 
+def test_a_model_in_bfloat16_is_sharded_with_its_head_in_float32(tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> float:
+        more = {**SHARDED, "model.dtype": "bfloat16"}
+        return step("reward", ranks, tmp_path / f"{ranks.size}", more)["metrics"]["loss"]
+
+    (alone,) = on_ranks(1, tmp_path / "one", lambda _: work(Ranks()))
+    assert on_ranks(2, tmp_path / "two", work) == pytest.approx([alone, alone], rel=1e-4)
+
+
 def test_activations_of_sharded_weights_can_be_offloaded(tmp_path: Path) -> None:
     def work(ranks: Ranks) -> list[float]:
         from tests.tiny import TREES, models

@@ -39,6 +39,8 @@ def shard(models: Models, ranks: Ranks) -> None:
             for layer in cast(Iterable[nn.Module], network.get_submodule(decoder_layers(network)[0])):
                 if not isinstance(layer, FSDPModule):  # of a trunk that networks share
                     fully_shard(layer, mesh=mesh)
+    for head in models.heads.values():  # in fp32, which a model need not be; what is gathered together is of one type
+        fully_shard(head, mesh=mesh)
     fully_shard(models, mesh=mesh)
     for module in sharded_modules(models):
         module.set_gradient_divide_factor(1.0)
