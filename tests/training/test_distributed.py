@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import random
 import re
 import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +156,23 @@ def test_the_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
     ]
     assert second[:2] == ["TrainingError: no loss", "OutOfMemoryError: CUDA out of memory"]
     assert first[2] == second[2] == ["and go on"] * 2
+
+
+def test_a_step_that_ran_out_of_memory_gives_its_memory_back(tmp_path: Path) -> None:
+    def work(ranks: Group) -> bool:
+        held: list[Any] = []
+
+        def fail() -> None:
+            activations = torch.zeros(3)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with contextlib.suppress(torch.OutOfMemoryError), ranks.together():
+            fail()
+        gc.collect()
+        return held[0]() is None
+
+    assert on_ranks(2, tmp_path, work) == [True, True]
 
 
 @pytest.mark.parametrize("way", ["fails", "dies", "hangs"])

@@ -32,6 +32,8 @@ GRACE = 3.0
 """Seconds in which those that live say so."""
 SHORT = 4096
 """Bytes of a message that goes in one exchange; a longer one takes a second."""
+TOLD = "told_to_all_ranks"
+"""Marks an error that all ranks have. Who kept the error would keep the tensors of its frames, too many as they are."""
 
 
 @contextmanager
@@ -77,7 +79,6 @@ class Group(Ranks):
     def __init__(self, store: Store, rank: int, size: int, *, device: torch.device, timeout: float) -> None:
         self.rank, self.size = rank, size
         self._store, self._timeout, self._has_note = store, timeout, False
-        self._known: Exception | None = None
         self._count = 0
         """Of what was exchanged; tells who has come here and who has not."""
         store.set(f"who/{rank}", f"process {os.getpid()} on {platform.node()}")
@@ -122,7 +123,8 @@ class Group(Ranks):
         failed: list[Any] = [(*json.loads(found[rank]), rank) for rank in range(self.size) if heads[rank][0]]
         if failed:
             memory, message, rank = min(failed)
-            known = self._known = self._failure(memory, message, rank, failure)
+            known = self._failure(memory, message, rank, failure)
+            setattr(known, TOLD, True)
             raise known
         if (longest := max(lengths)) > SHORT:
             rest = self._exchange(blob[SHORT:], longest - SHORT)
@@ -163,7 +165,7 @@ class Group(Ranks):
                 if _is_of_the_network(error):
                     raise self._lost(0.0) from error
                 raise
-            if error is not self._known and not isinstance(error, RanksError):
+            if not hasattr(error, TOLD) and not isinstance(error, RanksError):
                 # The others are where they next exchange something, inside or at the end.
                 self._all(json.dumps([is_out_of_memory(error), str(error)[:300]]).encode(), error)
             raise

@@ -6,6 +6,7 @@ padding, mixes of terms with different units and sharing a batch out over ranks 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def _within_memory(
                 raise
             said, largest = str(error).splitlines()[0], max((batch.num_tokens for batch in micro_batches), default=0)
         optimizer.skip()  # what the step had gathered
+        gc.collect()  # errors and frames that hold one another hold tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         before = after = _number(micro_batches, ranks)
