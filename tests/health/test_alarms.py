@@ -105,6 +105,16 @@ def test_an_alarm_shows_a_sample_of_the_newest_round_with_what_each_reward_says(
     assert message.endswith("For example: '####' (a 1, rule:length 0.5; round 1000)")
 
 
+def test_a_checkpoint_from_before_an_alarm_looked_back_is_read(tmp_path: Path) -> None:
+    state = Alarms(_directory(tmp_path / "old"), print).state_dict()
+    del state["last"]
+    directory = _directory(tmp_path / "new")
+    alarms = Alarms(directory, lambda _: None)
+    alarms.load_state_dict(state)
+    _told(alarms, [SOUND, SOUND | {"objective/scores": 1.1}], first=5)
+    assert _raised(directory) == [(6, "reward_jump")]
+
+
 def test_a_continued_run_raises_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
     bad = SOUND | {"rollout/length": 90.0}
     steps = [SOUND, SOUND, bad, bad, SOUND, bad]

@@ -98,9 +98,7 @@ def evaluate(
         for run in policies:
             _require_same_vocabulary(run, against)
     for run in opened:
-        if (pairs if run.role == "reward" else prompts or demonstrations) is None:
-            wanted = "pairs" if run.role == "reward" else "prompts or demonstrations"
-            raise ConfigError(f"nothing to measure {run.name} on: a {run.role} needs {wanted}", hint=f"give {wanted}")
+        _refuse_unmeasured(run, pairs if run.role == "reward" else prompts or demonstrations)
 
     counts: dict[str, dict[str, Any]] = {}
     wanted_by = [*([] if against is None else [against]), *policies]
@@ -130,6 +128,12 @@ def evaluate(
         )
         for run in opened
     }
+
+
+def _refuse_unmeasured(run: Run, on: Data | None) -> None:
+    if on is None:
+        wanted = "pairs" if run.role == "reward" else "prompts or demonstrations"
+        raise ConfigError(f"nothing to measure {run.name} on: a {run.role} needs {wanted}", hint=f"give {wanted}")
 
 
 def _refuse_best_of(number: int, *needed: object) -> None:

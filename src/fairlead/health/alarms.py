@@ -61,7 +61,7 @@ class Alarms:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._raised, self._round = set(state["raised"]), int(state["round"])
-        self._last = dict(state["last"])
+        self._last = dict(state.get("last", {}))  # checkpoints of before have none
         self._beginning = {name: [float(value) for value in seen] for name, seen in state["beginning"].items()}
 
 

@@ -9,6 +9,7 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -86,14 +87,23 @@ def _members(raw: io.BufferedReader) -> Iterator[tuple[tarfile.TarFile, tarfile.
             pass
 
 
+@contextmanager
+def _unzipping(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with reading(path), zipfile.ZipFile(path) as archive:
+            yield archive
+    except NotImplementedError as error:  # of a later version or compression than zipfile knows
+        raise DataError(f"{path} cannot be read: {error}", "unpack it yourself and name the folder") from error
+
+
 def _zip(path: Path) -> Container:
     def opened(wanted: Collection[str]) -> Opened:
-        with reading(path), zipfile.ZipFile(path) as archive:
+        with _unzipping(path) as archive:
             for name in filter(wanted.__contains__, archive.namelist()):
                 with archive.open(name) as file:
                     yield name, unpacked(file)
 
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with _unzipping(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and _is_shown(info.filename)]
     if any(info.flag_bits & 1 for info in infos):
         raise DataError(f"{path} is encrypted", "unpack it yourself and name the folder")

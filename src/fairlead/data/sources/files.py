@@ -78,8 +78,6 @@ def reading(name: str | Path) -> Iterator[None]:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise _damaged(name, error) from error
-    except NotImplementedError as error:  # a zip of a later kind than Python's
-        raise DataError(f"{name} cannot be read: {error}", "unpack it yourself and name the folder") from error
     except OSError as error:
         if error.errno is None:  # bz2 and zstd: no error of the system
             raise _damaged(name, error) from error
